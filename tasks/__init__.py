@@ -1,0 +1,1 @@
+"""The mathematics of flatcensus: checkpoints, images, estimators. Knows no machinery."""

@@ -1,0 +1,225 @@
+"""What a measurement is: settings, the rows it produces, and how rows become an estimate.
+
+A measurement is a frozen settings object with two pure methods: ``measure`` turns a range of
+indices of one checkpoint into rows, ``summarize`` turns rows into estimates. Everything between
+(who runs which range, where rows are stored) is the pipeline's business and cannot change a number.
+
+**Index.** Work is addressed by one integer per (draw, sample): ``index = draw * STRIDE + sample``,
+where ``sample`` is the position in the frozen, seeded order of the data set. Measurements without
+random weight draws only use draw 0. Rows depend on the index and the settings alone, so ranges may
+be cut, repeated, retried and reordered freely, and a larger ``samples`` only adds ranges.
+
+**Stages.** ``stages`` lists growing sets of ranges; after a stage is complete, ``finished`` looks at
+exactly that stage's rows and says whether they suffice. That makes sequential stopping a pure
+function of the stored rows: it never depends on scheduling, retries or resumes.
+"""
+
+from __future__ import annotations
+
+import enum
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pydantic
+import torch
+
+STRIDE = 1_000_000_000  # samples per draw in the index space: above any image data set
+
+Output = Literal["sigmoid", "identity"]
+Columns = Mapping[str, np.ndarray]
+
+
+class Status(enum.StrEnum):
+    """Outcome of a row or an estimate; ``sentence`` is what the user reads."""
+
+    OK = "ok"
+    NOT_CONVERGED = "not_converged"
+    TARGET_NOT_REACHED = "target_not_reached"
+    LIMITED_BY_SAMPLES = "limited_by_samples"
+    NOT_FINITE = "not_finite"
+    INCOMPLETE = "incomplete"
+
+    @property
+    def sentence(self) -> str:
+        """What happened, the likely cause and the next thing to try."""
+        return _SENTENCES[self]
+
+
+_SENTENCES = {
+    Status.OK: "The stated tolerance or target was reached.",
+    Status.NOT_CONVERGED: (
+        "The iteration limit came before the tolerance; the interval is valid but wide. "
+        "Raise max_iterations or tolerance."
+    ),
+    Status.TARGET_NOT_REACHED: (
+        "The draw budget ended before the target standard error; the error bar is right but wide. "
+        "Raise max_draws or samples, or relax target_relative_stderr."
+    ),
+    Status.LIMITED_BY_SAMPLES: (
+        "The error bar is almost all spread between images, which further draws cannot reduce. "
+        "Raise samples or max_samples, or relax target_relative_stderr."
+    ),
+    Status.NOT_FINITE: (
+        "The network gave NaN or infinity for this sample, or the measurement overflowed. "
+        "Check the weights and the preprocessing, or use dtype = 'float64'."
+    ),
+    Status.INCOMPLETE: "Some planned samples have no result yet. Run: flatcensus resume RUN",
+}
+
+
+class Settings(pydantic.BaseModel):
+    """Base of every settings object: immutable, no unknown keys, no silent conversions."""
+
+    model_config = pydantic.ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One number with everything needed to trust it; one line of the ``measurements`` table.
+
+    ``lower``/``upper`` enclose the value of this row (numerical certificate), ``stderr`` is its
+    random error; each is None where it does not apply. ``forward_equivalents`` counts the work in
+    units of one no-grad forward of one image, ``num_probes`` random vectors or weight draws.
+    """
+
+    quantity: str
+    value: float
+    sample: int | None = None
+    draw: int | None = None
+    group: int | None = None
+    layer: str | None = None
+    step: int | None = None
+    stderr: float | None = None
+    lower: float | None = None
+    upper: float | None = None
+    loss_change_plus: float | None = None
+    loss_change_minus: float | None = None
+    status: Status = Status.OK
+    num_iterations: int = 0
+    num_probes: int = 0
+    forward_equivalents: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """One quantity of one checkpoint: value with every error that is known.
+
+    ``stderr`` is the standard error of ``value`` as a mean over the image population (images and
+    draws), ``stderr_draws`` its part from random draws with the images held fixed (NaN where it
+    cannot be told apart or does not exist), ``error_bound`` the mean half width of the rows'
+    certificates (0 where the rows are exact, NaN where they have none). The interval is 95 %.
+    """
+
+    quantity: str
+    value: float
+    stderr: float
+    ci_low: float
+    ci_high: float
+    num_samples: int
+    num_rows: int
+    stderr_draws: float = float("nan")
+    error_bound: float = float("nan")
+    num_probes: int = 0
+    forward_equivalents: float = 0.0
+    status: Status = Status.OK
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Some images in the form the network takes.
+
+    ``inputs`` (B, C, H, W), ``targets`` (B, N) one-hot, ``samples`` the B positions in the frozen
+    order of the data set.
+    """
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    samples: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A live checkpoint: what measurements see. Lives in one worker, is never serialised.
+
+    Attributes:
+        model: In eval mode, parameters frozen, fused attention off, on its device.
+        output: The map from logits to the outputs f that all quantities refer to.
+        batch: Loads the images at these positions of the frozen order, on the model's device.
+        seed: The manifest's seed; every random number derives from it and from indices.
+        batch_size: Images per batch. Changes memory and rounding, nothing else.
+        num_parameters: Trainable scalars.
+        cache: For work shared by the ranges of one checkpoint (the self-test, for example).
+    """
+
+    model: torch.nn.Module
+    output: Output
+    batch: Callable[[Sequence[int]], Batch]
+    seed: int
+    batch_size: int
+    num_parameters: int
+    cache: dict[Any, Any] = field(default_factory=dict)
+
+
+Ranges = tuple[range, ...]
+
+
+class MeasurementError(RuntimeError):
+    """The checkpoint cannot be measured, now or later: a named cause, never retried."""
+
+
+class Measurement(Settings, ABC):
+    """Interface of a measurement. Subclasses are leaves: nothing concrete is overridden."""
+
+    metric: ClassVar[str]
+    version: ClassVar[int]  # bump it when numbers change: those units run again, only those
+    quantities: ClassVar[tuple[str, ...]]
+    # Fields that say how much is wanted but cannot change any row; they stay out of the key.
+    coverage_fields: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def alignment(self) -> int:
+        """Unit boundaries are multiples of this many samples."""
+        return 1
+
+    @abstractmethod
+    def stages(self, num_samples: int, available: int) -> list[Ranges]:
+        """Growing sets of index ranges, for the manifest's ``samples`` out of ``available``."""
+
+    @abstractmethod
+    def finished(self, rows: Columns) -> bool:
+        """Whether the rows of a complete stage suffice. Not asked after the last stage."""
+
+    @abstractmethod
+    def measure(self, subject: Subject, indices: range) -> list[Row]:
+        """Measure a range of indices within one draw. Raises MeasurementError if impossible."""
+
+    @abstractmethod
+    def summarize(self, rows: Columns) -> list[Estimate]:
+        """Reduce the rows of the final stage to one estimate per quantity."""
+
+    @abstractmethod
+    def forward_equivalents(self, num_outputs: int) -> float:
+        """Predicted cost of one index in no-grad forwards of one image, for the cost model."""
+
+    def key_fields(self) -> dict[str, Any]:
+        """The settings that determine rows, defaults filled in."""
+        settings = self.model_dump(mode="json", exclude=set(self.coverage_fields))
+        return {"metric": self.metric, "version": self.version, **settings}
+
+
+def sample_ranges(num_samples: int, draws: int = 1) -> Ranges:
+    """Index ranges of ``num_samples`` samples for each of ``draws`` draws."""
+    return tuple(range(d * STRIDE, d * STRIDE + num_samples) for d in range(draws))
+
+
+def split_index(indices: range) -> tuple[int, range]:
+    """Draw number and sample range of an index range, which must lie within one draw."""
+    draw, first = divmod(indices.start, STRIDE)
+    assert 0 < len(indices) <= STRIDE - first, indices
+    return draw, range(first, first + len(indices))
