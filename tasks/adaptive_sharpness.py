@@ -1,0 +1,359 @@
+"""Elementwise-adaptive sharpness: mean loss change under multiplicative weight noise (Eq. 46).
+
+For image i and a draw delta ~ N(0, rho**2 diag(theta**2)) over all parameters,
+
+    value = (|f(x_i; theta + delta) - y_i|^2 - |f(x_i; theta) - y_i|^2) / rho**2,
+
+whose mean is 2 / rho**2 times the average-case sharpness of the loss of Eq. 1 (Eq. 38; the summed
+squared error is twice that loss, so the factor 2 is in it) and tends to sum_k H_kk theta_k**2 as
+rho -> 0 (Eq. 40). What is reported is the value at the stated finite rho. It may be negative away
+from interpolation; the mean squared error is reported beside it to say how far that is. The
+Gauss-Newton form of Eq. 41 is another quantity and not computed here.
+
+``antithetic`` averages the changes under +delta and -delta, which removes all odd orders in delta
+and with them most of the variance. ``one_sided`` does not. ``authors`` is the recipe of the
+paper's published code: one-sided, every image by itself with 50 draws of its own, up to 200 where
+the losses of the image spread (``_authors_draws``).
+
+Images share a draw in groups of ``group_size``. Draw r of group g comes from the key
+(seed, "adaptive_sharpness", g, r), so it can be recreated and networks of one shape share it.
+Images and draws are fresh per group, so few draws on many images serve the population mean best:
+stages first grow the images, then the draws.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal, NamedTuple, Self
+
+import numpy as np
+import pydantic
+import torch
+
+from tasks.anova import GroupedMean, grouped_mean
+from tasks.measurement import (
+    Batch,
+    Columns,
+    Estimate,
+    Measurement,
+    MeasurementError,
+    Ranges,
+    Row,
+    Status,
+    Subject,
+    sample_ranges,
+    split_index,
+)
+from tasks.perturbation import PerturbableWeights, perturbable
+from tasks.random import generator
+
+_NAME = "adaptive_sharpness"
+_ERROR_NAME = "squared_error"
+# Share of draws in the variance below which more draws shorten the interval by < 5 %. Chosen.
+_SMALL_SHARE = 0.10
+# The recipe of the authors' code (chinsengi/sharpdim 2bcbe24, src/pert.py), as our settings.
+_AUTHORS: dict[str, Any] = {
+    "group_size": 1,
+    "min_draws": 50,
+    "max_draws": 200,
+    "max_samples": None,
+    "target_relative_stderr": 0.15,
+}
+
+
+class AdaptiveSharpness(Measurement):
+    """Settings of the Monte-Carlo estimate of elementwise-adaptive sharpness.
+
+    Attributes:
+        method: How the loss change is sampled. ``authors`` fixes every setting but ``rho``.
+        rho: Noise scale relative to each weight. Part of the quantity, not of its accuracy.
+        group_size: Images that share a draw. Larger saves noise generation, smaller gives more
+            independent groups to estimate the error from.
+        min_draws: Draws per group to start with. Two are needed to tell draws from images.
+        max_draws: Draws per group to end with at the latest.
+        max_samples: Images to grow to before draws are added; None keeps the run's ``samples``.
+        target_relative_stderr: Standard error over absolute value at which to stop.
+    """
+
+    metric: ClassVar[str] = _NAME
+    version: ClassVar[int] = 1
+    quantities: ClassVar[tuple[str, ...]] = (_NAME, _ERROR_NAME)
+    coverage_fields: ClassVar[frozenset[str]] = frozenset(
+        {"min_draws", "max_draws", "max_samples", "target_relative_stderr"}
+    )
+
+    method: Literal["antithetic", "one_sided", "authors"] = "antithetic"
+    rho: float = pydantic.Field(default=0.1, gt=0)
+    group_size: int = pydantic.Field(default=8, ge=1)
+    min_draws: int = pydantic.Field(default=2, ge=1)
+    max_draws: int = pydantic.Field(default=64, ge=1)
+    max_samples: int | None = pydantic.Field(default=None, ge=1)
+    target_relative_stderr: float = pydantic.Field(default=0.05, gt=0)
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _fill_in_authors(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.get("method") != "authors":
+            return data
+        for name, value in _AUTHORS.items():
+            if data.get(name, value) != value:
+                raise ValueError(
+                    f"method = 'authors' means {name} = {value!r}, found {data[name]!r}. "
+                    f"Remove {name}, or use method = 'one_sided' and set everything freely."
+                )
+        return {**_AUTHORS, **data}
+
+    @pydantic.model_validator(mode="after")
+    def _check_draws(self) -> Self:
+        if self.max_draws < self.min_draws:
+            raise ValueError(
+                f"max_draws = {self.max_draws} is below min_draws = {self.min_draws}. "
+                "Raise max_draws or lower min_draws."
+            )
+        return self
+
+    @property
+    def alignment(self) -> int:
+        """Groups stay whole, so that a group's images always share one batch."""
+        return self.group_size
+
+    def stages(self, num_samples: int, available: int) -> list[Ranges]:
+        """Double the samples up to ``max_samples``, then the draws up to ``max_draws``.
+
+        Raises:
+            ValueError: If ``max_samples`` is below ``num_samples``.
+        """
+        most = num_samples if self.max_samples is None else self.max_samples
+        if most < num_samples:
+            raise ValueError(
+                f"{self.metric}: max_samples = {most} is below samples = {num_samples}. "
+                "Raise max_samples or remove it."
+            )
+        most = min(most, available)
+        samples = _doublings(min(num_samples, most), most)
+        draws = _doublings(self.min_draws, self.max_draws)
+        stages = [sample_ranges(count, self.min_draws) for count in samples]
+        return stages + [sample_ranges(most, count) for count in draws[1:]]
+
+    def finished(self, rows: Columns) -> bool:
+        """Whether the target is reached, or further stages could not bring it nearer."""
+        table = _select(rows, _NAME)
+        if not np.isfinite(table.values).all():
+            return True
+        if self.method == "authors":
+            return int(_authors_draws(table, self.rho).max()) <= int(table.draws.max()) + 1
+        mean = _mean(table)
+        if _relative_stderr(mean) <= self.target_relative_stderr:
+            return True
+        # Draws are added last: more than min_draws of them means that the images are exhausted.
+        images_may_grow = (
+            self.max_samples is not None
+            and mean.num_samples < self.max_samples
+            and int(table.draws.max()) < self.min_draws
+        )
+        return not images_may_grow and _draws_share(mean) <= _SMALL_SHARE
+
+    def measure(self, subject: Subject, indices: range) -> list[Row]:
+        """Measure one draw on a range of samples.
+
+        Returns:
+            A row for each image, with the loss changes (of the summed squared error) that the
+            value is made of, and in draw 0 a ``squared_error`` row for each image. A loss that
+            overflows under noise gives a row with value NaN and status ``NOT_FINITE``.
+
+        Raises:
+            MeasurementError: If the unperturbed network gives NaN or infinity for an image.
+        """
+        draw, samples = split_index(indices)
+        rows: list[Row] = []
+        with torch.no_grad(), perturbable(subject.model) as weights:
+            for group, members in _groups(samples, self.group_size):
+                started = time.perf_counter()
+                batch = subject.batch(members)
+                base = _base_errors(subject, weights, batch)
+                weights.draw(
+                    generator(subject.seed, _NAME, group, draw, device=weights.noise.device)
+                )
+                weights.perturb(self.rho)
+                plus = minus = _squared_errors(subject, batch) - base
+                if self.method == "antithetic":
+                    weights.perturb(-self.rho)
+                    minus = _squared_errors(subject, batch) - base
+                seconds = (time.perf_counter() - started) / len(members)
+                values = (plus + minus) / (2 * self.rho**2)
+                for i, sample in enumerate(members):
+                    value = float(values[i])
+                    finite = bool(np.isfinite(value))
+                    rows.append(
+                        Row(
+                            quantity=_NAME,
+                            value=value if finite else float("nan"),
+                            sample=sample,
+                            draw=draw,
+                            group=group,
+                            loss_change_plus=float(plus[i]),
+                            loss_change_minus=(
+                                float(minus[i]) if self.method == "antithetic" else None
+                            ),
+                            status=Status.OK if finite else Status.NOT_FINITE,
+                            num_probes=1,
+                            forward_equivalents=float(self._num_signs),
+                            seconds=seconds,
+                        )
+                    )
+                if draw == 0:
+                    rows.extend(
+                        Row(_ERROR_NAME, float(base[i]), sample=sample, forward_equivalents=1.0)
+                        for i, sample in enumerate(members)
+                    )
+        return rows
+
+    def summarize(self, rows: Columns) -> list[Estimate]:
+        """Reduce to the mean over images and draws, and the mean squared error.
+
+        ``stderr`` contains the spread of images and draws, ``stderr_draws`` that of draws alone.
+        """
+        table = _select(rows, _NAME)
+        if self.method == "authors" and np.isfinite(table.values).all():
+            keep = table.draws < _authors_draws(table, self.rho)
+            table = _Table(*(column[keep] for column in table))
+        mean = _mean(table)
+        pairs = len(np.unique(np.stack([table.groups, table.draws], axis=1), axis=0))
+        errors = _select(rows, _ERROR_NAME)
+        error = grouped_mean(
+            errors.values,
+            samples=errors.samples,
+            draws=np.zeros_like(errors.samples),
+            groups=errors.samples,
+        )
+        return [
+            Estimate(
+                quantity=_NAME,
+                value=mean.value,
+                stderr=mean.stderr,
+                ci_low=mean.ci_low,
+                ci_high=mean.ci_high,
+                num_samples=mean.num_samples,
+                num_rows=len(table.values),
+                stderr_draws=mean.stderr_draws,
+                error_bound=float("nan"),
+                num_probes=pairs,
+                forward_equivalents=float(self._num_signs * len(table.values)),
+                status=self._status(mean),
+            ),
+            Estimate(
+                quantity=_ERROR_NAME,
+                value=error.value,
+                stderr=error.stderr,
+                ci_low=error.ci_low,
+                ci_high=error.ci_high,
+                num_samples=error.num_samples,
+                num_rows=len(errors.values),
+                error_bound=0.0,
+                forward_equivalents=float(len(errors.values)),
+            ),
+        ]
+
+    def forward_equivalents(self, num_outputs: int) -> float:
+        """Forwards per index, with the unperturbed one shared by the draws of an image."""
+        return self._num_signs + 1 / self.min_draws
+
+    @property
+    def _num_signs(self) -> int:
+        return 2 if self.method == "antithetic" else 1
+
+    def _status(self, mean: GroupedMean) -> Status:
+        if not np.isfinite(mean.value):
+            return Status.NOT_FINITE
+        if _relative_stderr(mean) <= self.target_relative_stderr:
+            return Status.OK
+        if _draws_share(mean) <= _SMALL_SHARE or mean.num_groups < 2:
+            return Status.LIMITED_BY_SAMPLES
+        return Status.TARGET_NOT_REACHED
+
+
+class _Table(NamedTuple):
+    values: np.ndarray
+    samples: np.ndarray
+    draws: np.ndarray
+    groups: np.ndarray
+
+
+def _select(rows: Columns, quantity: str) -> _Table:
+    chosen = np.asarray(rows["quantity"]) == quantity
+    if quantity == _ERROR_NAME:
+        samples = np.asarray(rows["sample"])[chosen].astype(np.int64)
+        values = np.asarray(rows["value"])[chosen].astype(np.float64)
+        return _Table(values, samples, np.zeros_like(samples), samples)
+    return _Table(
+        np.asarray(rows["value"])[chosen].astype(np.float64),
+        *(np.asarray(rows[name])[chosen].astype(np.int64) for name in ("sample", "draw", "group")),
+    )
+
+
+def _mean(table: _Table) -> GroupedMean:
+    return grouped_mean(table.values, samples=table.samples, draws=table.draws, groups=table.groups)
+
+
+def _relative_stderr(mean: GroupedMean) -> float:
+    return mean.stderr / abs(mean.value) if mean.value else float("inf")
+
+
+def _draws_share(mean: GroupedMean) -> float:
+    return (mean.stderr_draws / mean.stderr) ** 2 if mean.stderr else 0.0
+
+
+def _authors_draws(table: _Table, rho: float) -> np.ndarray:
+    """Draws the authors' code gives to the image of each row, from its first 50 draws."""
+    _, images = np.unique(table.samples, return_inverse=True)
+    first = table.draws < _AUTHORS["min_draws"]
+    count = np.bincount(images[first])
+    changes = table.values * rho**2
+    centre = np.bincount(images[first], changes[first]) / count
+    square = np.bincount(images[first], (changes - centre[images])[first] ** 2) / count
+    wanted = np.trunc(np.sqrt(square) / (10 * rho)) ** 2
+    return np.clip(wanted, _AUTHORS["min_draws"], _AUTHORS["max_draws"])[images]
+
+
+def _doublings(first: int, last: int) -> list[int]:
+    counts = [first]
+    while counts[-1] < last:
+        counts.append(min(2 * counts[-1], last))
+    return counts
+
+
+def _groups(samples: range, group_size: int) -> Iterator[tuple[int, range]]:
+    for group in range(samples.start // group_size, (samples.stop - 1) // group_size + 1):
+        start = max(samples.start, group * group_size)
+        yield group, range(start, min(samples.stop, (group + 1) * group_size))
+
+
+def _base_errors(subject: Subject, weights: PerturbableWeights, batch: Batch) -> np.ndarray:
+    # Other draws of the same images usually follow in the same process.
+    key = (_ERROR_NAME, batch.samples)
+    if key not in subject.cache:
+        weights.restore()
+        errors = _squared_errors(subject, batch)
+        for sample, error in zip(batch.samples, errors, strict=True):
+            if not np.isfinite(error):
+                raise MeasurementError(
+                    f"expected finite outputs, found NaN or infinity for sample {sample}. "
+                    "Check the weights and the preprocessing of this checkpoint."
+                )
+        subject.cache[key] = errors
+    return subject.cache[key]
+
+
+def _squared_errors(subject: Subject, batch: Batch) -> np.ndarray:
+    """|f(x) - y|^2 of each image, (B,), summed in float64; NaN where a logit is not finite."""
+    errors: list[np.ndarray] = []
+    for inputs, targets in zip(
+        batch.inputs.split(subject.batch_size), batch.targets.split(subject.batch_size), strict=True
+    ):
+        logits = subject.model(inputs).double()
+        outputs = logits.sigmoid() if subject.output == "sigmoid" else logits
+        error = (outputs - targets.double()).square().sum(1)
+        error[~logits.isfinite().all(1)] = float("nan")
+        errors.append(error.cpu().numpy())
+    return np.concatenate(errors)
