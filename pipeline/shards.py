@@ -1,0 +1,296 @@
+"""Shards: the Parquet file of one unit, which proves its own integrity, and what shards cover.
+
+A shard carries its unit's record and a SHA-256 digest in its own key-value metadata. The digest is
+taken over the whole file with the digest's 64 characters set to '0', then written in place (Thrift
+strings are length-prefixed, so nothing moves). One file therefore vouches for every one of its own
+bytes, footer included, without a second file that could be lost or go out of step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pydantic
+
+from pipeline.errors import ShardError
+from pipeline.schema import CONSTANT_FIELDS, MEASUREMENT_SCHEMA, SCHEMA_VERSION, UnitRecord
+from pipeline.store import MissingKeyError
+
+if TYPE_CHECKING:  # tasks imports torch, which readers of shards do not need
+    from pipeline.schema import Constants
+    from pipeline.store import Store
+    from tasks.measurement import Row
+
+_log = logging.getLogger(__name__)
+
+_UNIT, _VERSION, _DIGEST = "flatcensus.unit", "flatcensus.schema_version", "flatcensus.sha256"
+_BLANK = b"0" * 64
+# The digest's key and value as Thrift's compact protocol writes them: two string fields (0x18),
+# each with its length. Control characters cannot occur in the JSON of the unit's record.
+_MARK = b"\x18" + bytes([len(_DIGEST)]) + _DIGEST.encode() + b"\x18" + bytes([len(_BLANK)])
+_TAIL = 8  # a Parquet file ends with the footer's length and b"PAR1"
+
+
+class Shard(NamedTuple):
+    """A verified shard."""
+
+    table: pa.Table
+    unit: UnitRecord
+
+
+class ShardName(NamedTuple):
+    """What a shard's key says; ``generation`` is None unless it records a failure."""
+
+    spec_key: str
+    start: int
+    stop: int
+    generation: int | None = None
+
+    @property
+    def indices(self) -> range:
+        """The index range of the unit."""
+        return range(self.start, self.stop)
+
+    @property
+    def key(self) -> str:
+        """The key in the run folder."""
+        if self.generation is None:
+            return shard_key(self.spec_key, self.start, self.stop)
+        return failure_key(self.spec_key, self.start, self.stop, self.generation)
+
+
+class Quarantined(NamedTuple):
+    """A shard that was set aside: where it was, where it is, and why."""
+
+    key: str
+    moved_to: str
+    reason: str
+
+
+def encode_shard(rows: Sequence[Row], unit: UnitRecord, columns: Constants) -> bytes:
+    """Encode a unit's rows and record; the bytes are a function of the arguments alone.
+
+    Raises:
+        ValueError: The rows do not fit the record or the schema.
+    """
+    if len(rows) != unit.num_rows:
+        raise ValueError(f"unit.num_rows is {unit.num_rows}, but there are {len(rows)} rows")
+    buffer = io.BytesIO()
+    with pq.ParquetWriter(
+        buffer, MEASUREMENT_SCHEMA, compression="zstd", write_page_checksum=True
+    ) as writer:
+        writer.write_table(_table(rows, unit, columns))
+        writer.add_key_value_metadata(
+            {
+                _UNIT: unit.model_dump_json(by_alias=True),
+                _VERSION: str(SCHEMA_VERSION),
+                _DIGEST: _BLANK.decode(),
+            }
+        )
+    data = bytearray(buffer.getvalue())
+    place = _digest_place(data)
+    assert place is not None, "the Parquet writer changed its layout"
+    assert data[place : place + len(_BLANK)] == _BLANK, "the digest's place is not blank"
+    data[place : place + len(_BLANK)] = hashlib.sha256(data).hexdigest().encode()
+    shard = decode_shard(bytes(data), key=_name(unit).key)
+    # Compared as JSON, because NaN differs from itself.
+    assert shard.unit.model_dump_json() == unit.model_dump_json(), (
+        "the record does not read back as it was written"
+    )
+    return bytes(data)
+
+
+def decode_shard(data: bytes, *, key: str) -> Shard:
+    """Verify and read a shard.
+
+    Raises:
+        ShardError: Any byte differs from what was written, the schema version is another, or the
+            file is not under its own name.
+    """
+    place = _digest_place(data)
+    if place is None:
+        raise ShardError(key, f"not a complete shard ({len(data)} bytes): truncated or damaged")
+    digest = data[place : place + len(_BLANK)]
+    content = b"".join((data[:place], _BLANK, data[place + len(_BLANK) :]))
+    if hashlib.sha256(content).hexdigest().encode() != digest:
+        raise ShardError(key, "its SHA-256 does not match its content: damaged after writing")
+    file = pq.ParquetFile(pa.BufferReader(data))
+    metadata = file.metadata.metadata or {}
+    _check_version(metadata.get(_VERSION.encode(), b"").decode(), key)
+    try:
+        unit = UnitRecord.model_validate_json(metadata[_UNIT.encode()])
+    except pydantic.ValidationError as error:
+        raise ShardError(key, f"its unit record is not valid: {error}") from error
+    table = file.read(use_threads=False)
+    if not table.schema.equals(MEASUREMENT_SCHEMA):
+        raise ShardError(key, f"its columns are not those of schema version {SCHEMA_VERSION}")
+    if table.num_rows != unit.num_rows:
+        raise ShardError(key, f"has {table.num_rows} rows, its record says {unit.num_rows}")
+    if parse_key(key) != _name(unit):
+        raise ShardError(key, f"was written as {_name(unit).key}: renamed or copied by hand")
+    return Shard(table, unit)
+
+
+def shard_key(spec_key: str, start: int, stop: int) -> str:
+    """Key of a unit's result."""
+    return f"shards/{spec_key}/{start}-{stop}.parquet"
+
+
+def failure_key(spec_key: str, start: int, stop: int, generation: int) -> str:
+    """Key of a unit's failure record; each further failure has the next generation."""
+    return f"shards/{spec_key}/{start}-{stop}.failed-{generation}.parquet"
+
+
+def parse_key(key: str) -> ShardName | None:
+    """What a key says, or None if it is not a shard's."""
+    match = _KEY.fullmatch(key)
+    if match is None:
+        return None
+    spec_key, start, stop, generation = match.groups()
+    name = ShardName(
+        spec_key, int(start), int(stop), None if generation is None else int(generation)
+    )
+    return name if name.key == key and name.start < name.stop else None
+
+
+_KEY = re.compile(r"shards/([^/]+)/([0-9]+)-([0-9]+)(?:\.failed-([0-9]+))?\.parquet")
+
+
+def list_shards(
+    store: Store, spec_keys: Collection[str] | None = None
+) -> dict[str, list[ShardName]]:
+    """Names of all shards by spec, sorted by range, from the listing alone: no file is read."""
+    prefixes = (
+        ["shards/"] if spec_keys is None else [f"shards/{k}/" for k in sorted(set(spec_keys))]
+    )
+    found: dict[str, list[ShardName]] = {}
+    for key in (key for prefix in prefixes for key in store.list(prefix)):
+        name = parse_key(key)
+        if name is None:
+            _log.warning("%s is not a shard's name; the file is left alone and not used", key)
+        else:
+            found.setdefault(name.spec_key, []).append(name)
+    for names in found.values():
+        names.sort(key=lambda n: (n.start, n.stop, -1 if n.generation is None else n.generation))
+    return found
+
+
+def read_shards(
+    store: Store,
+    spec_keys: Collection[str] | None = None,
+    *,
+    on_corrupt: Literal["quarantine", "raise"] = "quarantine",
+    quarantined: list[Quarantined] | None = None,
+) -> Iterator[Shard]:
+    """Read and verify shards one by one, by spec and range, failures included.
+
+    Args:
+        store: The run folder.
+        spec_keys: Only these specs; None for all.
+        on_corrupt: Whether a shard that is damaged or of another schema is moved to
+            ``quarantine/`` (its unit is then to do again) or raised as ShardError.
+        quarantined: Receives what was set aside; it is logged as a warning in any case.
+    """
+    for names in list_shards(store, spec_keys).values():
+        for name in names:
+            try:
+                yield decode_shard(store.get(name.key), key=name.key)
+            except MissingKeyError:
+                continue  # another reader quarantined it after our listing
+            except ShardError as error:
+                if on_corrupt == "raise":
+                    raise
+                moved = Quarantined(name.key, quarantine(store, name), error.reason)
+                _log.warning("%s was moved to %s: %s", *moved)
+                if quarantined is not None:
+                    quarantined.append(moved)
+
+
+def quarantine(store: Store, name: ShardName) -> str:
+    """Move a shard out of the way, keeping its bytes. Returns the new key."""
+    base = name.key.removeprefix("shards/")
+    number = 0
+    while not store.move(name.key, target := f"quarantine/{base}.{number}"):
+        number += 1
+    return target
+
+
+def missing(wanted: Iterable[range], have: Iterable[range]) -> list[range]:
+    """The wanted indices that ``have`` lacks, as the fewest ranges, in order.
+
+    Both may overlap and come in any order; all ranges have step 1. O(n log n), vectorised.
+    """
+    want, got = _bounds(wanted), _bounds(have)
+    if not want.size:
+        return []
+    # Each boundary changes by one how many ranges cover the points from there on.
+    points = np.concatenate([want.ravel(), got.ravel()])
+    order = np.argsort(points, kind="stable")
+    is_wanted = np.repeat([1, 0], [want.size, got.size])
+    change = np.tile([1, -1], len(want) + len(got))
+    wanted_depth = np.cumsum((is_wanted * change)[order])
+    have_depth = np.cumsum(((1 - is_wanted) * change)[order])
+    points = points[order]
+    # Of the boundaries at one point only the last one's depth counts.
+    last = np.append(points[1:] != points[:-1], True)
+    points, lacking = points[last], ((wanted_depth > 0) & (have_depth == 0))[last]
+    edges = points[np.flatnonzero(np.diff(lacking, prepend=False))].tolist()
+    return [range(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def _bounds(ranges: Iterable[range]) -> np.ndarray:
+    """Starts and stops of the non-empty ranges, (n, 2)."""
+    pairs = [(r.start, r.stop) for r in ranges if r]
+    return np.array(pairs, dtype=np.int64).reshape(-1, 2)
+
+
+def _table(rows: Sequence[Row], unit: UnitRecord, columns: Constants) -> pa.Table:
+    """The rows as a table of MEASUREMENT_SCHEMA."""
+    constant_names = {field.name for field in CONSTANT_FIELDS}
+    arrays = []
+    for field in MEASUREMENT_SCHEMA:
+        if field.name in constant_names:
+            source = columns if hasattr(columns, field.name) else unit
+            values = [getattr(source, field.name)] * len(rows)
+        else:
+            values = [getattr(row, field.name) for row in rows]
+        if not field.nullable and None in values:
+            raise ValueError(f"column {field.name!r} must have a value in every row, found None")
+        arrays.append(pa.array(values, type=field.type))
+    return pa.table(arrays, schema=MEASUREMENT_SCHEMA)
+
+
+def _name(unit: UnitRecord) -> ShardName:
+    generation = unit.generation if unit.status == "failed" else None
+    return ShardName(unit.spec_key, unit.start, unit.stop, generation)
+
+
+def _digest_place(data: bytes | bytearray) -> int | None:
+    """Offset of the digest's characters, or None if this is not a whole shard."""
+    if len(data) < _TAIL or data[-4:] != b"PAR1":
+        return None
+    footer_start = len(data) - _TAIL - int.from_bytes(data[-_TAIL:-4], "little")
+    # Key-value metadata comes after the column statistics, so the last mark is the real one.
+    mark = data.rfind(_MARK, max(footer_start, 0), len(data) - _TAIL - len(_BLANK))
+    return None if footer_start < 4 or mark < 0 else mark + len(_MARK)
+
+
+def _check_version(version: str, key: str) -> None:
+    if version == str(SCHEMA_VERSION):
+        return
+    newer = version.isdigit() and int(version) > SCHEMA_VERSION
+    todo = (
+        "update flatcensus to read it" if newer else "run `flatcensus resume` to compute it again"
+    )
+    raise ShardError(
+        key,
+        f"schema version {version or 'missing'!r}, this flatcensus reads {SCHEMA_VERSION}: {todo}",
+    )
