@@ -1,0 +1,53 @@
+"""Mean of a per-image quantity over the images: how rows without random draws become an estimate."""
+
+from __future__ import annotations
+
+import numpy as np
+import scipy.stats
+
+from tasks.measurement import Columns, Estimate, Status
+
+
+def sample_mean(rows: Columns, quantity: str) -> Estimate:
+    """Mean of one quantity over the images with its standard error and 95 % Student interval.
+
+    Args:
+        rows: Columns with one row per image for this quantity, in any order.
+        quantity: Which rows to take.
+
+    Returns:
+        Estimate in units of the quantity, the same bytes for every order of the rows. A NaN row
+        makes it NaN with status ``not_finite``; a single image has no standard error (NaN).
+
+    Raises:
+        ValueError: If there is no row of this quantity.
+    """
+    chosen = np.flatnonzero(np.asarray(rows["quantity"]) == quantity)
+    if not len(chosen):
+        raise ValueError(f"no rows of {quantity!r} to summarize: measure it first")
+    chosen = chosen[np.argsort(np.asarray(rows["sample"])[chosen].astype(np.int64), kind="stable")]
+
+    def column(name: str) -> np.ndarray:
+        return np.asarray(rows[name])[chosen].astype(np.float64)
+
+    values = column("value")
+    count = len(values)
+    mean, stderr, half = float(np.mean(values)), float("nan"), float("nan")
+    if count > 1:
+        stderr = float(np.std(values, ddof=1) / np.sqrt(count))
+        half = float(scipy.stats.t.ppf(0.975, count - 1)) * stderr
+    statuses = set(np.asarray(rows["status"])[chosen].astype(str))
+    order = (Status.NOT_FINITE, Status.NOT_CONVERGED)
+    return Estimate(
+        quantity=quantity,
+        value=mean,
+        stderr=stderr,
+        ci_low=mean - half,
+        ci_high=mean + half,
+        num_samples=count,
+        num_rows=count,
+        error_bound=float(np.mean(column("upper") - column("lower")) / 2),
+        num_probes=int(column("num_probes").sum()),
+        forward_equivalents=float(column("forward_equivalents").sum()),
+        status=next((status for status in order if status.value in statuses), Status.OK),
+    )
