@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import timm.data
 import torch
 from PIL import Image
+from timm.data.transforms_factory import create_transform
 
 from tasks.idx import DatasetError
 from tasks.images import DATASETS, ImageDataset, load_dataset
@@ -72,8 +72,7 @@ def preprocessing(data_config: Mapping[str, Any]) -> Transform:
     """
     config = transform_identity(data_config)
     mode = "L" if config["input_size"][0] == 1 else "RGB"
-    transform = timm.data.create_transform(**config, is_training=False)
-    assert callable(transform)
+    transform: Any = create_transform(**config, is_training=False)
 
     def apply(image: Image.Image) -> torch.Tensor:
         return transform(image if image.mode == mode else image.convert(mode))

@@ -1,7 +1,7 @@
 """Image data sets and where they lie: ``digits``, ``fashion-mnist`` and image folders.
 
-``digits`` (1,797 images of 8×8) ships with scikit-learn, ``fashion-mnist`` (70,000 of 28×28) is four
-IDX files on disk, an image folder has one subfolder per class. Nothing is downloaded, and an image
+``digits`` (1,797 images of 8×8) ships with scikit-learn, ``fashion-mnist`` (70,000 of 28×28) is
+four IDX files, an image folder has one subfolder per class. Nothing is downloaded, and an image
 of a folder is decoded only when it is asked for.
 """
 
@@ -84,7 +84,7 @@ class ImageDataset:
         digest.update(self.labels.astype("<i8").tobytes())
         if isinstance(self.images, np.ndarray):
             digest.update(repr(self.images.shape).encode())
-            digest.update(np.ascontiguousarray(self.images))
+            digest.update(self.images.tobytes())
         else:
             assert self.root is not None
             for path in self.images:
