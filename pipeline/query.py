@@ -7,14 +7,18 @@ file, no network, no extension, no setting. DuckDB is the engine and its SQL is 
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import QueryError, did_you_mean
+from pipeline.schema import UNITS_SCHEMA, UnitRecord
+from pipeline.shards import Shard, missing
 
 VIEWS = {
     "measurements": "one line per measured number",
@@ -24,6 +28,7 @@ VIEWS = {
     "failures": "the units that failed and were not repeated since",
 }
 _TRUNCATED = b"flatcensus.truncated"
+_BATCH_ROWS = 10_000  # chosen
 _ALLOWED = "one SELECT, WITH, FROM, DESCRIBE, SHOW or SUMMARIZE statement"
 
 
@@ -45,11 +50,10 @@ def connect(tables: Mapping[str, pa.Table]) -> duckdb.DuckDBPyConnection:
     for name, table in tables.items():
         connection.register(name, table)
     if "units" in tables and "failures" not in tables:
-        units = tables["units"]
-        is_current = pa.compute.and_(
-            pa.compute.equal(units["status"], "failed"), pa.compute.invert(units["superseded"])
+        connection.execute(
+            "CREATE TEMP VIEW failures AS "
+            "SELECT * FROM units WHERE status = 'failed' AND NOT superseded"
         )
-        connection.register("failures", units.filter(is_current))
     connection.execute("SET enable_external_access = false")
     connection.execute("SET lock_configuration = true")
     return connection
@@ -136,18 +140,61 @@ def view_columns(connection: duckdb.DuckDBPyConnection) -> dict[str, list[str]]:
     return found
 
 
+def units_table(shards: Iterable[Shard]) -> pa.Table:
+    """The units' records as a flat table; nested fields are JSON text.
+
+    ``superseded`` marks failures whose whole range was done, or failed again, later.
+    """
+    units = [shard.unit for shard in shards]
+    lines = []
+    for unit, superseded in zip(units, _superseded(units), strict=True):
+        line = unit.model_dump(exclude={"failure"})
+        for name in _JSON_FIELDS:
+            line[name] = None if line[name] is None else json.dumps(line[name], sort_keys=True)
+        failure = unit.failure.model_dump(by_alias=True) if unit.failure else {}
+        line |= {f"failure_{name}": text for name, text in failure.items()}
+        lines.append(line | {"superseded": superseded})
+    return pa.Table.from_pylist(lines, schema=UNITS_SCHEMA)
+
+
+_JSON_FIELDS = ("versions", "self_test", "artifacts", "pinned")
+
+
+def _superseded(units: Sequence[UnitRecord]) -> list[bool]:
+    """Which units are failures that later or successful units of the same spec make up for."""
+    by_spec: dict[str, list[UnitRecord]] = {}
+    for unit in units:
+        by_spec.setdefault(unit.spec_key, []).append(unit)
+    bounds = {k: np.array([(u.start, u.stop) for u in v]) for k, v in by_spec.items()}
+
+    def is_made_up_for(unit: UnitRecord) -> bool:
+        start, stop = bounds[unit.spec_key].T
+        near = np.flatnonzero((start < unit.stop) & (stop > unit.start))
+        others = (by_spec[unit.spec_key][i] for i in near)
+        age = (unit.finished_at, unit.generation)
+        later = (o for o in others if o.status == "ok" or (o.finished_at, o.generation) > age)
+        return not missing([unit.indices], (o.indices for o in later))
+
+    return [unit.status == "failed" and is_made_up_for(unit) for unit in units]
+
+
 def _rows(
     connection: duckdb.DuckDBPyConnection, sql: str, values: Sequence[Any], limit: int | None
 ) -> pa.Table:
     """The first rows of the answer, marked where there were more."""
+    batches, num_rows = [], 0
     try:
-        relation = connection.sql(sql, params=list(values))
-        if limit is None:
-            return relation.to_arrow_table()
-        table = relation.limit(limit + 1).to_arrow_table()
-    except duckdb.Error as error:
+        # Streamed, and closed early: a huge answer costs no more than the rows that are asked for.
+        with connection.sql(sql, params=list(values)).to_arrow_reader(_BATCH_ROWS) as reader:
+            for batch in reader:
+                batches.append(batch)
+                num_rows += batch.num_rows
+                if limit is not None and num_rows > limit:
+                    break
+            table = pa.Table.from_batches(batches, schema=reader.schema)
+    except (duckdb.Error, pa.ArrowException, OSError) as error:  # the latter two while streaming
         raise QueryError(_explained(error, connection)) from error
-    if table.num_rows <= limit:
+    if limit is None or num_rows <= limit:
         return table
     return table.slice(0, limit).replace_schema_metadata({_TRUNCATED: b"true"})
 
@@ -187,10 +234,7 @@ def _split(text: str, types: Mapping[str, str], view: str) -> tuple[str, str, st
 
 _OPERATOR = re.compile(r"\s*(!=|>=|<=|!~|=|>|<|~)\s*")
 _FLOATS = frozenset({"DOUBLE", "FLOAT"})
-_INTEGERS = frozenset(f"{u}{n}INT" for u in ("", "U") for n in ("TINY", "SMALL", "BIG", "HUGE")) | {
-    "INTEGER",
-    "UINTEGER",
-}
+_INTEGERS = frozenset({"TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UBIGINT", "HUGEINT"})
 _TRUTH = {"true": True, "false": False}
 
 
@@ -215,17 +259,12 @@ def _converted(value: str, kind: str, text: str) -> Any:
 
 def _column_types(connection: duckdb.DuckDBPyConnection, view: str) -> dict[str, str]:
     """Type of every column of a view."""
-    _checked_view(view, view_columns(connection))
+    views = view_columns(connection)
+    if view not in views:
+        reason = f"{VIEWS[view]}; there is none yet" if view in VIEWS else "unknown"
+        raise QueryError(f"view {view!r}: {reason}.{did_you_mean(view, views)} {_listed(views)}")
     rows = connection.execute(f"DESCRIBE {_quoted(view)}").fetchall()
     return {row[0]: row[1] for row in rows}
-
-
-def _checked_view(view: str, views: Iterable[str]) -> str:
-    if view in views:
-        return view
-    if view in VIEWS:
-        raise QueryError(f"this run has no {view!r} yet ({VIEWS[view]}). {_listed(views)}")
-    raise QueryError(f"unknown view {view!r}.{did_you_mean(view, views)} {_listed(views)}")
 
 
 def _checked(name: str, types: Iterable[str], view: str) -> str:
@@ -235,21 +274,20 @@ def _checked(name: str, types: Iterable[str], view: str) -> str:
 
 
 def _quoted(name: str) -> str:
-    """An identifier as SQL."""
     return '"' + name.replace('"', '""') + '"'
+
+
+def _reason(error: Exception) -> str:
+    """DuckDB's words without its guesses among system tables."""
+    text = re.sub(r"\nDid you mean \"[^\n]*", "", str(error))
+    return re.sub(r"\nCandidate bindings: [^\n]*", "", text).strip()
 
 
 def _listed(views: Iterable[str]) -> str:
     return f"Views: {', '.join(sorted(views)) or 'none'}."
 
 
-def _reason(error: duckdb.Error) -> str:
-    """DuckDB's words without its guesses among system tables."""
-    text = re.sub(r"\nDid you mean \"[^\n]*", "", str(error))
-    return re.sub(r"\nCandidate bindings: [^\n]*", "", text).strip()
-
-
-def _explained(error: duckdb.Error, connection: duckdb.DuckDBPyConnection) -> str:
+def _explained(error: Exception, connection: duckdb.DuckDBPyConnection) -> str:
     """The reason, then what there is: views, and the nearest names of theirs."""
     reason, views = _reason(error), view_columns(connection)
     if isinstance(error, duckdb.PermissionException):

@@ -67,15 +67,15 @@ class Constants:
 
 
 class _Frozen(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(
-        frozen=True, extra="forbid", populate_by_name=True, ser_json_inf_nan="constants"
-    )
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
 
 class Failure(_Frozen):
     """Why a unit failed: its failure class (``class`` in JSON), the exception, what to do."""
 
-    class_: str = pydantic.Field(alias="class")
+    class_: str = pydantic.Field(
+        serialization_alias="class", validation_alias=pydantic.AliasChoices("class_", "class")
+    )
     type: str
     message: str
     hint: str = ""
@@ -117,6 +117,7 @@ class UnitRecord(_Frozen):
     started_at: str
     finished_at: str
     seconds: float
+    predicted_seconds: float | None = None
     peak_bytes: int | None = None
     num_rows: int = 0
     versions: dict[str, str] = pydantic.Field(default_factory=dict)
@@ -138,3 +139,25 @@ class UnitRecord(_Frozen):
     def indices(self) -> range:
         """The unit's index range."""
         return range(self.start, self.stop)
+
+
+# UnitRecord as a flat table: nested fields as JSON text, the failure's fields as columns.
+UNITS_SCHEMA = pa.schema(
+    [
+        pa.field(name, kind)
+        for kind, names in {
+            pa.string(): (
+                "spec_key checkpoint family metric label kind status failure_class failure_type "
+                "failure_message failure_hint failure_traceback host device started_at finished_at "
+                "versions self_test artifacts pinned"
+            ),
+            pa.int64(): (
+                "schema_version start stop generation attempt pid threads batch_size peak_bytes "
+                "num_rows"
+            ),
+            pa.float64(): "seconds predicted_seconds",
+            pa.bool_(): "superseded",
+        }.items()
+        for name in names.split()
+    ]
+)
