@@ -1,4 +1,4 @@
-"""Mean of a per-image quantity over the images: how rows without random draws become an estimate."""
+"""Mean of a per-image quantity over the images, for measurements without random weight draws."""
 
 from __future__ import annotations
 

@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from dataclasses import asdict, dataclass
 
 import torch
 from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tasks.jacobian import JacobianBatch, custom_functions, forward, jacobian_batch
 from tasks.measurement import MeasurementError, Subject
@@ -129,8 +129,15 @@ def _run(subject: Subject) -> SelfTest:
     u = torch.randn(jacobian.logits.shape, generator=random, dtype=torch.float64)
     v = torch.randn(images.shape, generator=random, dtype=torch.float64)
     u, v = u.to(images.device), v.to(images)
-    transposed, product = jacobian.vjp(u), jacobian.jvp(v)
-    gram = jacobian.gram(u)
+    try:
+        transposed, product, gram = jacobian.vjp(u), jacobian.jvp(v), jacobian.gram(u)
+    except (NotImplementedError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise  # a smaller batch may succeed: the caller's business
+        raise MeasurementError(
+            "self-test: the network cannot be differentiated twice: "
+            f"{str(error).splitlines()[0]} {custom_functions(jacobian._graph_logits)}"
+        ) from error
 
     inner = (u * product).sum(1) - (transposed.double() * v.double()).flatten(1).sum(1)
     adjoint = _ratio(inner.abs(), u.norm(dim=1) * product.norm(dim=1))
@@ -170,9 +177,9 @@ def _coupling(
         only[k] = u[k]
         norms = jacobian.vjp(only).double().flatten(1).norm(dim=1)
         worst = max(worst, _ratio(norms.sum() - norms[k], norms[k]))
-        with torch.no_grad():
-            alone = forward(model, images[k : k + 1].clone())
-        worst = max(worst, _relative(jacobian.logits[k : k + 1].double(), alone.double()))
+        with torch.no_grad():  # its neighbour replaced by itself
+            twice = forward(model, images[[k, k]])
+        worst = max(worst, _relative(jacobian.logits[k : k + 1], twice[k : k + 1]))
         if math.isnan(worst):
             return worst
     return worst
@@ -183,8 +190,10 @@ def _dual_product(
 ) -> torch.Tensor:
     """J v by dual numbers, (B, N) float64; the tangent is unit size, as in ``jvp``."""
     try:
-        with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
-            logits = model(forward_ad.make_dual(images.clone(), v))
+        with warnings.catch_warnings(), torch.no_grad(), forward_ad.dual_level():
+            # torch scripts its own forward-mode rules at first use, and warns itself about it.
+            warnings.filterwarnings("ignore", "`torch.jit.script` is", FutureWarning)
+            logits = forward(model, forward_ad.make_dual(images.clone(), v))
             tangent = forward_ad.unpack_dual(logits).tangent
     except (NotImplementedError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):

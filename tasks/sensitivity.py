@@ -25,13 +25,15 @@ import numpy as np
 import pydantic
 import torch
 
-from tasks.jacobian import dense_jacobian, forward, jacobian_batch, outputs
+from tasks.adversarial import NUM_STEPS, adversarial_ratios
+from tasks.jacobian import dense_jacobian, forward, jacobian_batch
 from tasks.lanczos import Apply, Eigenvalues, lanczos, power_iteration
 from tasks.measurement import (
     Batch,
     Columns,
     Estimate,
     Measurement,
+    MeasurementError,
     Ranges,
     Row,
     Status,
@@ -53,11 +55,6 @@ _FORWARD_BACKWARD_COST = 2.2
 _ALLOWANCE = 4  # interval widening in units of the self-test's defect; chosen
 _TYPICAL_STEPS = 14  # trained ViTs need 11 to 13 for tolerance 1e-3 at 1e-9
 _DENSE_BYTES = 2**30  # rows of a dense Jacobian held at once; chosen
-
-# The recipe of the paper's published code: chinsengi/sharpdim, src/pert.py, eval_mls_adv.
-_AUTHORS_STEPS = 30
-_AUTHORS_LEARNING_RATE = 0.1
-_AUTHORS_START_SCALE = 0.1
 
 
 class NormalizedMls(Measurement):
@@ -134,7 +131,7 @@ class NormalizedMls(Measurement):
             "lanczos": _GRAPH_COST + _STEP_COST * steps,
             "power": _GRAPH_COST + _STEP_COST * self.max_iterations,
             "dense": _MATH_FORWARD_COST + _ROW_COST * num_outputs,
-            "authors": 1 + _FORWARD_BACKWARD_COST * _AUTHORS_STEPS,
+            "authors": 1 + _FORWARD_BACKWARD_COST * NUM_STEPS,
         }[self.method]
 
 
@@ -200,33 +197,14 @@ def _by_dense(settings: NormalizedMls, subject: Subject, batch: Batch, defect: f
 
 
 def _by_authors(settings: NormalizedMls, subject: Subject, batch: Batch, defect: float) -> _Sigmas:
-    """Ascent on ||f(x) - f(x + delta)|| / ||delta||, the value being the one before the last step.
-
-    Their script runs one image at a time; Adam works element by element, so a batch is the same
-    recurrence for each of its images. Starts are seeded here, not there.
-    """
     images = batch.inputs.detach()
     with torch.no_grad():
         logits = forward(subject.model, images.clone())
-        require_finite(subject.model, images, logits, batch.samples)
-        reference = outputs(logits, subject.output)
-    delta = torch.stack(
-        [
-            torch.randn(images.shape[1:], generator=generator(subject.seed, "authors_mls", i))
-            for i in batch.samples
-        ]
-    )
-    delta = (_AUTHORS_START_SCALE * delta).to(images).requires_grad_()
-    optimizer = torch.optim.Adam([delta], lr=_AUTHORS_LEARNING_RATE)
-    ratio = torch.zeros(len(images))
-    for _ in range(_AUTHORS_STEPS):
-        perturbed = outputs(subject.model(images + delta), subject.output)
-        ratio = (reference - perturbed).norm(dim=1) / delta.flatten(1).norm(dim=1)
-        (delta.grad,) = torch.autograd.grad(-ratio.sum(), delta)
-        optimizer.step()
-    value = ratio.detach().double().cpu().numpy()
+    require_finite(subject.model, images, logits, batch.samples)
+    generators = [generator(subject.seed, "authors_mls", sample) for sample in batch.samples]
+    value = adversarial_ratios(subject.model, images, subject.output, generators).cpu().numpy()
     unknown = np.full(len(value), np.nan)
-    steps = np.full(len(value), _AUTHORS_STEPS)
+    steps = np.full(len(value), NUM_STEPS)
     cost = 1 + _FORWARD_BACKWARD_COST * steps
     return _Sigmas(value, unknown, unknown, np.ones(len(value), dtype=bool), steps, 1, cost)
 
@@ -245,19 +223,19 @@ def _operator(subject: Subject, batch: Batch, active: np.ndarray) -> Apply:
     jacobian = jacobian_batch(subject.model, images, subject.output)
     names = tuple(batch.samples[i] for i in active)
     require_finite(subject.model, images, jacobian.logits, names)
+    if jacobian.logits.shape[1] != batch.targets.shape[1]:
+        raise MeasurementError(
+            f"expected {batch.targets.shape[1]} outputs, one per class of the data set, found "
+            f"{jacobian.logits.shape[1]}. Use the data set that the network was trained for."
+        )
     return jacobian.gram
 
 
 def _starts(subject: Subject, batch: Batch) -> torch.Tensor:
     """One start per image on the unit sphere of outputs, (B, N) float64, keyed by the sample."""
-    with torch.no_grad():
-        size = forward(subject.model, batch.inputs[:1].clone()).shape[1]
-    normals = [
-        torch.randn(
-            size, generator=generator(subject.seed, "normalized_mls", sample), dtype=torch.float64
-        )
-        for sample in batch.samples
-    ]
+    size = batch.targets.shape[1]
+    generators = [generator(subject.seed, "normalized_mls", sample) for sample in batch.samples]
+    normals = [torch.randn(size, generator=g, dtype=torch.float64) for g in generators]
     return torch.nn.functional.normalize(torch.stack(normals), dim=1).to(batch.inputs.device)
 
 
