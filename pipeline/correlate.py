@@ -133,7 +133,7 @@ def _groups(points: pd.DataFrame, pair: CorrelationPair) -> Iterator[tuple[str, 
     yield "within", points
     usable = points.loc[points["usable"], "family"].value_counts()
     for family in sorted(usable.index[usable >= MIN_FOR_R]):
-        yield f"family:{family}", points[points["family"] == family]
+        yield f"family:{family}", points.loc[points["family"] == family, :]
 
 
 def _unknown_series(summary: pd.DataFrame, pair: CorrelationPair) -> str:

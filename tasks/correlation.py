@@ -251,7 +251,7 @@ def _ratio(covariance: Array, variance_x: Array, variance_y: Array) -> Array:
 
 
 def _centred(x: Array, weights: Array, same: Array) -> Array:
-    """Values (B or 1, n) minus their family's weighted mean, exactly zero where it is rounding only."""
+    """Values (B or 1, n) minus their family's weighted mean, zero where only rounding is left."""
     total = weights @ same
     mean = np.divide((weights * x) @ same, total, out=np.zeros_like(total), where=total > 0)
     rest = x - mean
@@ -279,9 +279,9 @@ def _has_sibling(groups: np.ndarray, usable: np.ndarray) -> np.ndarray:
     return counts[groups] > 1
 
 
-def _plural(count: int, text: str) -> str:
+def _plural(count: np.integer, text: str) -> str:
     """The note for ``count`` checkpoints, or nothing for none."""
-    return f"{count} {text.replace('checkpoint', 'checkpoints', count > 1)}" if count else ""
+    return f"{count} {text.replace('checkpoint', 'checkpoints', int(count > 1))}" if count else ""
 
 
 def _with_notes(estimate: CorrelationEstimate, notes: Sequence[str]) -> CorrelationEstimate:

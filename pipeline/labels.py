@@ -1,0 +1,74 @@
+"""Words and numbers for people: names and definitions of quantities, formatted values.
+
+Figures and report share them, so that a quantity is called the same everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping
+from typing import Any, NamedTuple
+
+
+class Definition(NamedTuple):
+    """Title, formula in plain Unicode and unit of a quantity, by f(x) = outputs and input."""
+
+    title: str
+    formula: str
+    unit: str
+
+
+DEFINITIONS = {
+    "normalized_mls": Definition(
+        "Normalized MLS", "mean over images of ‖x‖² σ₁(∂f/∂x)²", "outputs²"
+    ),
+    "mls": Definition("MLS", "mean over images of σ₁(∂f/∂x)", "outputs per input"),
+    "adaptive_sharpness": Definition(
+        "Adaptive sharpness", "(2/ρ²) E[L(θ+δ) − L(θ)], δ ~ N(0, ρ² diag θ²)", "units of the loss"
+    ),
+}
+
+
+def definition(series: str) -> Definition:
+    """What a series measures: ``quantity`` or ``quantity@label``. Unknown ones keep their name."""
+    quantity, at, label = series.partition("@")
+    known = DEFINITIONS.get(quantity, Definition(quantity.replace("_", " "), "", ""))
+    return known._replace(title=f"{known.title} ({label})") if at else known
+
+
+def axis_label(series: str, transform: str) -> str:
+    """Title, unit and definition of an axis, on two lines."""
+    title, formula, unit = definition(series)
+    name = f"{title}, in {unit}" if unit else title
+    scale = "square root of " if transform == "sqrt" else ""
+    return "\n".join(part for part in (scale + name, formula) if part)
+
+
+def number(value: float, digits: int = 4) -> str:
+    """A value with ``digits`` significant digits; ``–`` for NaN."""
+    if math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    return f"{value:.{digits}g}".replace("-", "−")
+
+
+def correlation_text(row: Mapping[Hashable, Any]) -> str:
+    """Coefficient and interval of a row of the correlation table, in one phrase."""
+    symbol = {"pearson": "Pearson r", "spearman": "Spearman ρ", "kendall": "Kendall τ"}
+    name = symbol[row["method"]]
+    if math.isnan(row["r"]):
+        return f"{name} undefined"
+    text = f"{name} = {_signed(row['r'])}"
+    if math.isnan(row["ci_low"]):
+        return f"{text} (no interval)"
+    return f"{text} [{_signed(row['ci_low'])}, {_signed(row['ci_high'])}]"
+
+
+def counted(count: int, noun: str) -> str:
+    """``1 checkpoint``, ``2 checkpoints``."""
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
+def _signed(value: float) -> str:
+    return f"{value:.2f}".replace("-", "−")
