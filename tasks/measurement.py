@@ -9,8 +9,8 @@ where ``sample`` is the position in the frozen, seeded order of the data set. Me
 random weight draws only use draw 0. Rows depend on the index and the settings alone, so ranges may
 be cut, repeated, retried and reordered freely, and a larger ``samples`` only adds ranges.
 
-**Stages.** ``stages`` lists growing sets of ranges; after a stage is complete, ``finished`` looks at
-exactly that stage's rows and says whether they suffice. That makes sequential stopping a pure
+**Stages.** ``stages`` lists growing sets of ranges; after a stage is complete, ``finished`` looks
+at exactly that stage's rows and says whether they suffice. That makes sequential stopping a pure
 function of the stored rows: it never depends on scheduling, retries or resumes.
 """
 

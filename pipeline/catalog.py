@@ -1,0 +1,43 @@
+"""What a manifest can name: metrics with their settings, data sets, networks, timm models."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from pipeline.errors import UsageError, did_you_mean
+
+KINDS = ("metrics", "datasets", "networks", "models")
+
+
+def catalog(what: str, pattern: str = "*") -> pd.DataFrame:
+    """A table of one kind of things. Raises UsageError for another kind."""
+    if what == "metrics":
+        from tasks.registry import METRICS
+
+        lines = [
+            {
+                "metric": name,
+                "version": cls.version,
+                "quantities": ", ".join(cls.quantities),
+                "settings": ", ".join(
+                    f"{key}={field.default!r}" for key, field in cls.model_fields.items()
+                ),
+            }
+            for name, cls in sorted(METRICS.items())
+        ]
+    elif what == "datasets":
+        from tasks.datasets import DATASETS
+
+        lines = [{"dataset": name} for name in DATASETS]
+    elif what == "networks":
+        from tasks.training import TrainSettings
+
+        annotation = TrainSettings.model_fields["network"].annotation
+        lines = [{"network": name} for name in getattr(annotation, "__args__", ())]
+    elif what == "models":
+        import timm
+
+        lines = [{"model": name} for name in timm.list_models(pattern, pretrained=True)]
+    else:
+        raise UsageError(f"cannot list {what!r}.{did_you_mean(what, KINDS)}")
+    return pd.DataFrame(lines)

@@ -1,0 +1,385 @@
+"""The command line. Each command is a few steps from pipeline/run.py and their output.
+
+Heavy imports (torch, ray, timm, pandas, matplotlib) happen inside the commands, so that ``--help``
+answers at once. Knobs belong in the manifest; options here only say where and how to print.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+
+import typer
+
+from pipeline.console import Console, ProgressDisplay
+from pipeline.durations import duration
+from pipeline.errors import (
+    EXIT_FAILED_UNITS,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_UNEXPECTED,
+    FlatcensusError,
+)
+
+if TYPE_CHECKING:
+    from pipeline.run import Run
+
+P = ParamSpec("P")
+
+app = typer.Typer(
+    name="flatcensus",
+    help="Audit networks for how flat their loss is and how strongly they compress.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ManifestArg = Annotated[Path, typer.Argument(help="TOML manifest; see manifests/.")]
+RunArg = Annotated[str, typer.Argument(metavar="RUN", help="Run folder, such as runs/demo.")]
+RunOption = Annotated[
+    str | None, typer.Option("--run", help="Run folder; default runs/<name of the manifest>.")
+]
+OnOption = Annotated[
+    str, typer.Option("--on", help="inline, local (Ray on this machine), or a Ray address.")
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")
+]
+
+
+def main() -> None:
+    """Entry point of the ``flatcensus`` command."""
+    app()
+
+
+def _reported(command: Callable[P, int]) -> Callable[P, None]:
+    """Turn errors into one message and an exit code; the outermost border."""
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        console = Console(as_json=bool(kwargs.get("as_json")))
+        try:
+            code = command(*args, **kwargs)
+        except FlatcensusError as error:
+            console.error(str(error))
+            code = error.exit_code
+        except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = EXIT_OK
+        except KeyboardInterrupt:
+            console.error("interrupted; nothing is lost, the same command continues")
+            code = EXIT_INTERRUPTED
+        except Exception as error:
+            if os.environ.get("FLATCENSUS_DEBUG"):
+                raise
+            console.error(
+                f"unexpected {type(error).__name__}: {error}. "
+                "Set FLATCENSUS_DEBUG=1 for the traceback, and please report it"
+            )
+            code = EXIT_UNEXPECTED
+        raise typer.Exit(code)
+
+    return run
+
+
+@app.command()
+@_reported
+def demo(run_folder: RunOption = None, on: OnOption = "local", as_json: JsonOption = False) -> int:
+    """Train a small population on digits, audit it, write a report: minutes on a laptop."""
+    from pipeline.demo import demo_manifest
+    from pipeline.run import start_run
+
+    console = Console(as_json=as_json)
+    with demo_manifest() as path:
+        run = start_run(path, run_folder)
+    return _launch(console, run, on=on)
+
+
+@app.command("list")
+@_reported
+def list_things(
+    what: Annotated[str, typer.Argument(help="metrics, datasets, networks or models")],
+    pattern: Annotated[str, typer.Argument(help="for models: a wildcard such as 'vit_*'")] = "*",
+    as_json: JsonOption = False,
+) -> int:
+    """List what a manifest can name."""
+    from pipeline.catalog import catalog
+
+    Console(as_json=as_json).table(catalog(what, pattern))
+    return EXIT_OK
+
+
+@app.command()
+@_reported
+def plan(manifest: ManifestArg, run_folder: RunOption = None, as_json: JsonOption = False) -> int:
+    """Show what would run, why, and what it would cost. Runs nothing, writes nothing."""
+    from pipeline.progress import plan_table, stale_lines
+    from pipeline.run import start_run
+
+    console = Console(as_json=as_json)
+    run = start_run(manifest, run_folder)
+    current = run.plan()
+    console.table(plan_table(current), title=f"plan of {run.manifest.name}")
+    low, middle, high = (current.predicted_seconds * f for f in current.calibration)
+    console.say(
+        f"{len(current.units)} units to do, about {duration(middle)} of one slot "
+        f"({duration(low)} to {duration(high)})"
+    )
+    if current.waiting and run.manifest.measurements:
+        console.say(
+            f"{len(current.waiting)} checkpoints are to be trained first; "
+            "their measurements are planned when they exist"
+        )
+    for missing in current.unresolved:
+        console.warn(f"{missing.checkpoint}: {missing.reason}")
+    for line in stale_lines(current, run.store):
+        console.warn(line)
+    if current.units:
+        console.next_step(f"flatcensus launch {_shown(manifest, run_folder)}", "run it")
+    else:
+        console.next_step(f"flatcensus report {run.store.uri}", "nothing is left to do")
+    return EXIT_OK
+
+
+@app.command()
+@_reported
+def train(
+    manifest: ManifestArg,
+    run_folder: RunOption = None,
+    on: OnOption = "local",
+    as_json: JsonOption = False,
+) -> int:
+    """Train the manifest's checkpoints, measure nothing. ``launch`` does both."""
+    from pipeline.run import start_run
+
+    console = Console(as_json=as_json)
+    return _launch(console, start_run(manifest, run_folder), on=on, train_only=True)
+
+
+@app.command()
+@_reported
+def launch(
+    manifest: ManifestArg,
+    run_folder: RunOption = None,
+    on: OnOption = "local",
+    as_json: JsonOption = False,
+) -> int:
+    """Run a manifest to the end: train, measure, reduce, report. Again: continue."""
+    from pipeline.run import start_run
+
+    return _launch(Console(as_json=as_json), start_run(manifest, run_folder), on=on)
+
+
+@app.command()
+@_reported
+def resume(run: RunArg, on: OnOption = "local", as_json: JsonOption = False) -> int:
+    """Continue a run from its folder alone, and try its failed units again."""
+    from pipeline.run import open_run
+
+    return _launch(Console(as_json=as_json), open_run(run), on=on, retry_failed=True)
+
+
+@app.command()
+@_reported
+def status(run: RunArg, as_json: JsonOption = False) -> int:
+    """Show what is done, to do and failed. Reads the run folder only."""
+    from pipeline.progress import status_table
+    from pipeline.run import open_run
+
+    console = Console(as_json=as_json)
+    opened = open_run(run)
+    current = opened.plan()
+    console.table(status_table(current))
+    for missing in current.unresolved:
+        console.warn(f"{missing.checkpoint}: {missing.reason}")
+    if current.num_failed:
+        console.next_step(f"flatcensus query {run} failures", "why they failed")
+    elif current.units:
+        console.next_step(f"flatcensus resume {run}", f"{len(current.units)} units are to do")
+    else:
+        console.next_step(f"flatcensus report {run}", "all done")
+    return EXIT_FAILED_UNITS if current.num_failed else EXIT_OK
+
+
+@app.command()
+@_reported
+def verify(run: RunArg, as_json: JsonOption = False) -> int:
+    """Check every byte of every shard; set damaged ones aside so that they are done again."""
+    from pipeline.console import table_of
+    from pipeline.run import open_run
+    from pipeline.run import verify as verify_store
+    from pipeline.shards import list_shards
+
+    console = Console(as_json=as_json)
+    store = open_run(run).store
+    quarantined = verify_store(store)
+    sound = sum(len(names) for names in list_shards(store).values())
+    if quarantined or as_json:
+        records = [item._asdict() for item in quarantined]
+        console.table(table_of(records, ["key", "moved_to", "reason"]))
+    console.say(f"{sound} shards are sound, {len(quarantined)} were damaged and set aside")
+    if quarantined:
+        console.next_step(f"flatcensus resume {run}", "do the lost units again")
+    return EXIT_FAILED_UNITS if quarantined else EXIT_OK
+
+
+@app.command()
+@_reported
+def query(
+    run: RunArg,
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="A view (summary, measurements, correlations, units, failures) or SQL."
+        ),
+    ] = "summary",
+    filters: Annotated[
+        list[str] | None, typer.Argument(help="For a view: filters such as family=vit value>0.1")
+    ] = None,
+    columns: Annotated[
+        str | None, typer.Option("--columns", help="For a view: comma-separated columns.")
+    ] = None,
+    sort: Annotated[
+        str | None, typer.Option("--sort", help="For a view: column, with - in front descending.")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Rows to print at most.")] = 50,
+    as_json: JsonOption = False,
+) -> int:
+    """Ask a run by SQL or by filters."""
+    from pipeline.query import connect, is_truncated, run_filters, run_sql
+    from pipeline.run import open_run
+
+    console = Console(as_json=as_json)
+    _, tables = open_run(run).reduce()
+    connection = connect(tables.arrow())
+    if what.strip().isidentifier():
+        names = [c.strip() for c in columns.split(",")] if columns else None
+        result = run_filters(
+            connection, what.strip(), filters=filters or (), columns=names, sort=sort, limit=limit
+        )
+    else:
+        result = run_sql(connection, what, limit=limit)
+    console.table(result.to_pandas())
+    if is_truncated(result):
+        console.warn(f"there are more than {limit} rows; raise --limit to see them")
+    return EXIT_OK
+
+
+@app.command()
+@_reported
+def correlate(run: RunArg, as_json: JsonOption = False) -> int:
+    """Print the correlations of the manifest with their confidence intervals."""
+    from pipeline.run import open_run
+
+    console = Console(as_json=as_json)
+    _, tables = open_run(run).reduce()
+    if not len(tables.correlations):
+        console.warn("the manifest names no pairs: add a [[correlations]] table with x and y")
+    console.table(tables.correlations)
+    return EXIT_OK
+
+
+@app.command()
+@_reported
+def report(run: RunArg, as_json: JsonOption = False) -> int:
+    """Write tables, figures and one self-contained report.html into the run folder."""
+    from pipeline.outputs import write_outputs
+    from pipeline.run import open_run
+
+    console = Console(as_json=as_json)
+    opened = open_run(run)
+    current, tables = opened.reduce()
+    written = write_outputs(opened, current, tables)
+    console.data({"report": str(written[0]), "files": [str(path) for path in written]})
+    if not as_json:
+        for path in written:
+            console.out.print(str(path))
+    return EXIT_OK
+
+
+@app.command()
+@_reported
+def doctor(on: OnOption = "local", as_json: JsonOption = False) -> int:
+    """Check this machine: versions, CPUs, GPUs, Ray, data sets, hub access settings."""
+    from pipeline.doctor import examine
+
+    console = Console(as_json=as_json)
+    findings = examine(on)
+    console.table(findings)
+    bad = findings[findings["state"] == "fail"]
+    return EXIT_OK if bad.empty else 4
+
+
+def _launch(
+    console: Console, run: Run, *, on: str, retry_failed: bool = False, train_only: bool = False
+) -> int:
+    """Run what is to do, then reduce and report; say what happened and what to do next."""
+    from pipeline.outputs import headline, write_outputs
+    from pipeline.run import execute
+
+    display = ProgressDisplay(console)
+    try:
+        result, quarantined = execute(
+            run, display, on=on, retry_failed=retry_failed, train_only=train_only
+        )
+    finally:
+        display.close()
+    for item in quarantined:
+        console.warn(f"{item.key} was damaged ({item.reason}); moved to {item.moved_to}")
+    for line in result.nondeterminism:
+        console.warn(f"nondeterminism: {line}")
+    folder = _relative(run.store.uri)
+    if result.interrupted:
+        console.warn(f"interrupted after {result.committed} units; nothing is lost")
+        console.next_step(f"flatcensus resume {folder}", "continue")
+        return EXIT_INTERRUPTED
+    if result.committed == 0 and result.failed == 0:
+        console.say(f"nothing is left to do in {folder}")
+    else:
+        console.say(
+            f"{result.committed} units committed, {result.failed} failed, {result.retried} "
+            f"retried, {result.lost} lost with their slot, in {duration(result.seconds)}"
+        )
+    current, tables = run.reduce()
+    if train_only:
+        console.next_step(f"flatcensus resume {folder}", "measure the trained checkpoints")
+    else:
+        files = write_outputs(run, current, tables)
+        _show_results(console, tables, headline(tables), files)
+    if current.num_failed:
+        console.warn(f"{current.num_failed} failed: flatcensus query {folder} failures")
+        console.next_step(f"flatcensus resume {folder}", "try the failed ones again")
+        return EXIT_FAILED_UNITS
+    if not train_only:
+        console.next_step(
+            f'flatcensus query {folder} "select * from summary"', "or open the report above"
+        )
+    return EXIT_OK
+
+
+def _show_results(console: Console, tables: Any, lines: list[str], files: list[Path]) -> None:
+    shown = ["x", "y", "group", "method", "r", "ci_low", "ci_high", "n", "n_missing"]
+    if len(tables.correlations):
+        console.table(tables.correlations[shown], title="correlations over checkpoints")
+    elif console.as_json:
+        console.table(tables.summary)
+    for line in lines:
+        console.say(line)
+    console.say(f"report: {_relative(str(files[0]))}")
+
+
+def _shown(manifest: Path, run_folder: str | None) -> str:
+    return f"{manifest}" + (f" --run {run_folder}" if run_folder else "")
+
+
+def _relative(path: str) -> str:
+    """A path as the user would type it from here."""
+    try:
+        return str(Path(path).relative_to(Path.cwd()))
+    except ValueError:
+        return path

@@ -1,0 +1,241 @@
+"""The scheduler: plan, hand out units, retry by class of failure, plan again until all is done.
+
+It holds no result. What is done is asked of the store alone, so killing it at any moment loses at
+most the units in flight, and the same command continues.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from pipeline.errors import StoreError
+from pipeline.executor import Executor, Finished
+from pipeline.manifest import Manifest
+from pipeline.plan import Plan, make_plan
+from pipeline.schema import Failure
+from pipeline.specs import Task
+from pipeline.store import Store
+from pipeline.worker import HINTS, FailureClass, Outcome, write_failure
+
+MAX_LOST_SLOTS = 20  # losses of a slot or node that one unit survives: not its fault, so generous
+BACKOFF_SECONDS = (1.0, 5.0, 20.0)  # before the 2nd, 3rd, ... attempt of a transient failure
+
+
+class Observer(Protocol):
+    """What a progress display hears. All methods are called from the driver's thread."""
+
+    def planned(self, plan: Plan, num_slots: int) -> None:
+        """A new round of units begins."""
+        ...
+
+    def ended(self, task: Task, outcome: Outcome | None, note: str) -> None:
+        """An attempt ended; ``note`` says what happens next."""
+        ...
+
+
+@dataclass
+class Launch:
+    """What a launch did."""
+
+    committed: int = 0
+    failed: int = 0
+    retried: int = 0
+    lost: int = 0
+    interrupted: bool = False
+    nondeterminism: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    plan: Plan | None = None
+
+
+def launch(
+    manifest: Manifest,
+    store: Store,
+    open_executor: Callable[[], Executor],
+    observer: Observer,
+    *,
+    retry_failed: bool = False,
+    train_only: bool = False,
+) -> Launch:
+    """Run a manifest to the end: every planned range gets a result or a failure row.
+
+    Plans in rounds, because later work depends on earlier results: measurements on trained
+    checkpoints, further draws on the error bars of the first. Raises StoreError when nothing can be
+    written any more; everything committed until then stands.
+    """
+    result, started = Launch(), time.monotonic()
+    decisions: dict[tuple[str, int], bool] = {}
+    executor: Executor | None = None
+    with _interrupts() as interrupts:
+        try:
+            while not interrupts:
+                plan = make_plan(manifest, store, retry_failed=retry_failed, decisions=decisions)
+                retry_failed = False  # once; what fails again in this launch stays failed
+                units = [u for u in plan.units if u.spec.kind == "train" or not train_only]
+                result.plan = plan
+                if not units:
+                    break
+                executor = executor or open_executor()
+                observer.planned(plan, executor.num_slots)
+                _Round(manifest, store, executor, observer, result, interrupts).run(units)
+        finally:
+            if executor is not None:
+                executor.close(now=bool(interrupts))
+    result.interrupted = bool(interrupts)
+    result.seconds = time.monotonic() - started
+    return result
+
+
+class _Round:
+    """One round: a fixed set of units, each ending committed or failed."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        store: Store,
+        executor: Executor,
+        observer: Observer,
+        result: Launch,
+        interrupts: list[int],
+    ) -> None:
+        self.max_attempts = manifest.resources.max_attempts
+        self.store, self.executor, self.observer = store, executor, observer
+        self.result, self.interrupts = result, interrupts
+        self.queue = _Queue()
+        self.delayed: list[tuple[float, Task]] = []
+        self.subjects = [""] * executor.num_slots
+        self.idle = set(range(executor.num_slots))
+        self.lost: Counter[tuple[str, int]] = Counter()
+
+    def run(self, units: list[Task]) -> None:
+        for unit in units:
+            self.queue.add(unit)
+        while True:
+            self._release_delayed()
+            if not self.interrupts:
+                self._start_units()
+            busy = len(self.idle) < self.executor.num_slots
+            if not busy and (self.interrupts or not (self.queue or self.delayed)):
+                return
+            if len(self.interrupts) > 1:  # the second Ctrl-C: stop now
+                return
+            for finished in self.executor.wait(timeout=0.5):
+                self._settle(finished)
+            if not busy:
+                time.sleep(0.1)  # only delayed units are left
+
+    def _start_units(self) -> None:
+        for slot in sorted(self.idle):
+            task = self.queue.take(self.subjects[slot])
+            if task is None:
+                return
+            self.idle.remove(slot)
+            self.subjects[slot] = task.spec.subject
+            self.executor.start(slot, task)
+
+    def _release_delayed(self) -> None:
+        now = time.monotonic()
+        for item in [d for d in self.delayed if d[0] <= now]:
+            self.delayed.remove(item)
+            self.queue.add(item[1])
+
+    def _settle(self, finished: Finished) -> None:
+        """Decide what an ended attempt means. The one place where retries are granted."""
+        task, outcome = finished.task, finished.outcome
+        self.idle.add(finished.slot)
+        note = ""
+        if outcome is None:
+            note = self._lost(task)
+        elif outcome.status != "failed":
+            self.result.committed += 1
+            if outcome.nondeterminism:
+                self.result.nondeterminism.append(outcome.nondeterminism)
+        else:
+            assert outcome.failure is not None
+            assert outcome.failure_class is not None
+            note = self._failed(task, outcome.failure, outcome.failure_class)
+        self.observer.ended(task, outcome, note)
+
+    def _lost(self, task: Task) -> str:
+        self.result.lost += 1
+        self.lost[task.spec.key, task.start] += 1
+        if self.lost[task.spec.key, task.start] > MAX_LOST_SLOTS:
+            message = f"its slot or node was lost {MAX_LOST_SLOTS + 1} times"
+            failure = Failure(
+                class_="crash", type="SlotLost", message=message, hint=HINTS["crash"], traceback=""
+            )
+            return self._give_up(task, failure)
+        self.queue.add(task)  # free of charge: the slot died, not the unit
+        return "slot lost; unit requeued"
+
+    def _failed(self, task: Task, failure: Failure, kind: FailureClass) -> str:
+        if kind == "store":
+            full = "No space left" in failure.message or "disk" in failure.message.lower()
+            raise StoreError(failure.message, disk_full=full)
+        if kind in ("permanent", "unexpected") or task.attempt >= self.max_attempts:
+            return self._give_up(task, failure)
+        self.result.retried += 1
+        if kind == "memory":
+            if task.batch_size == 1:
+                return self._give_up(task, failure)
+            self.queue.add(task.again(batch_size=max(1, task.batch_size // 2)))
+            return f"out of memory; again with batch size {max(1, task.batch_size // 2)}"
+        if kind == "transient":
+            wait = BACKOFF_SECONDS[min(task.attempt, len(BACKOFF_SECONDS)) - 1]
+            self.delayed.append((time.monotonic() + wait, task.again()))
+            return f"{failure.type}; again in {wait:g} s"
+        self.queue.add(task.again())
+        return f"{failure.message}; again"
+
+    def _give_up(self, task: Task, failure: Failure) -> str:
+        self.result.failed += 1
+        write_failure(self.store, task, failure)
+        return f"failed: {failure.message}"
+
+
+class _Queue:
+    """Units by subject. A slot keeps its subject; otherwise the one with most work left wins."""
+
+    def __init__(self) -> None:
+        self.by_subject: dict[str, list[Task]] = defaultdict(list)
+        self.seconds: Counter[str] = Counter()
+
+    def __bool__(self) -> bool:
+        return bool(self.by_subject)
+
+    def add(self, task: Task) -> None:
+        self.by_subject[task.spec.subject].append(task)
+        self.seconds[task.spec.subject] += task.predicted_seconds  # type: ignore[assignment]
+
+    def take(self, subject: str) -> Task | None:
+        if not self.by_subject:
+            return None
+        if subject not in self.by_subject:
+            subject = max(self.by_subject, key=lambda s: self.seconds[s])
+        tasks = self.by_subject[subject]
+        task = tasks.pop(0)
+        self.seconds[subject] -= task.predicted_seconds  # type: ignore[assignment]
+        if not tasks:
+            del self.by_subject[subject], self.seconds[subject]
+        return task
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Signals received: the first ends the handing out of units, the second stops at once."""
+    received: list[int] = []
+
+    def on_signal(number: int, frame: object) -> None:
+        received.append(number)
+
+    before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

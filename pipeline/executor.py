@@ -1,0 +1,228 @@
+"""Where units run: in this process, or in Ray actors. Both give the same bytes.
+
+An executor has slots; the driver starts one unit per slot and waits. It never retries: Ray's own
+retries are off, because they hide crashes and repeat out-of-memory without end.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pipeline.errors import ResourceError
+from pipeline.manifest import ResourceSpec
+
+if TYPE_CHECKING:
+    from pipeline.specs import Task
+    from pipeline.worker import Outcome
+
+SLOT_START_SECONDS = 120.0  # an actor that is not up by then never will be: chosen
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One attempt that ended. ``outcome`` is None when the slot or its node was lost."""
+
+    slot: int
+    task: Task
+    outcome: Outcome | None
+
+
+class Executor(Protocol):
+    """Slots that do units."""
+
+    @property
+    def num_slots(self) -> int:
+        """How many units run at once."""
+        ...
+
+    def start(self, slot: int, task: Task) -> None:
+        """Begin a unit on an idle slot."""
+        ...
+
+    def wait(self, timeout: float) -> list[Finished]:
+        """Attempts that ended, after at most ``timeout`` seconds."""
+        ...
+
+    def close(self, *, now: bool = False) -> None:
+        """Release the slots; ``now`` abandons what runs."""
+        ...
+
+
+class InlineExecutor:
+    """Units in this process, one at a time: for debugging and for machines without Ray."""
+
+    def __init__(self, resources: ResourceSpec) -> None:
+        from pipeline.worker import Workbench
+
+        if resources.num_gpus > 0:
+            import torch
+
+            if not torch.cuda.is_available():
+                raise ResourceError(_no_gpu(resources, "torch sees no CUDA device on this machine"))
+        self.bench = Workbench()
+        self.finished: list[Finished] = []
+
+    @property
+    def num_slots(self) -> int:
+        """One."""
+        return 1
+
+    def start(self, slot: int, task: Task) -> None:
+        """Do the unit now."""
+        from pipeline.worker import run_unit
+
+        self.finished.append(Finished(slot, task, run_unit(task, self.bench)))
+
+    def wait(self, timeout: float) -> list[Finished]:
+        """What ``start`` has done since the last call."""
+        done, self.finished = self.finished, []
+        return done
+
+    def close(self, *, now: bool = False) -> None:
+        """Nothing to release."""
+
+
+class RayExecutor:
+    """One actor per slot; each runs its units in a child process (pipeline/slot.py)."""
+
+    def __init__(self, resources: ResourceSpec, *, address: str | None = None) -> None:
+        import ray
+
+        self.ray = ray
+        self.owns_cluster = not ray.is_initialized()
+        if self.owns_cluster:
+            _connect(address)
+        count = slots_that_fit(ray.cluster_resources(), resources, where=address or "this machine")
+        options: dict[str, Any] = {
+            "num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus,
+            "max_restarts": -1, "max_task_retries": 0,
+            "runtime_env": {"env_vars": _environment(resources)},
+        }  # fmt: skip
+        remote = ray.remote(_SlotActor)
+        self.actors = [
+            remote.options(**options).remote(resources.hang_seconds) for _ in range(count)
+        ]
+        self.running: dict[Any, tuple[int, Task]] = {}
+        self._check_versions()
+
+    @property
+    def num_slots(self) -> int:
+        """Actors that fit the cluster, at most ``max_slots``."""
+        return len(self.actors)
+
+    def start(self, slot: int, task: Task) -> None:
+        """Send a unit to a slot's actor."""
+        self.running[self.actors[slot].run.remote(task)] = (slot, task)
+
+    def wait(self, timeout: float) -> list[Finished]:
+        """Attempts that ended; a lost actor ends its attempt with outcome None."""
+        if not self.running:
+            return []
+        ready, _ = self.ray.wait(
+            list(self.running), num_returns=1, timeout=timeout, fetch_local=True
+        )
+        finished = []
+        for ref in ready:
+            slot, task = self.running.pop(ref)
+            try:
+                outcome = self.ray.get(ref)
+            except (self.ray.exceptions.RayActorError, self.ray.exceptions.RaySystemError):
+                outcome = None
+            finished.append(Finished(slot, task, outcome))
+        return finished
+
+    def close(self, *, now: bool = False) -> None:
+        """Kill the actors, and the cluster if this executor started it."""
+        for actor in self.actors:
+            self.ray.kill(actor, no_restart=True)
+        if self.owns_cluster:
+            self.ray.shutdown()
+
+    def _check_versions(self) -> None:
+        """Refuse slots that would compute with other code: their rows would not be comparable."""
+        from pipeline.versions import versions
+
+        ours = versions()
+        refs = [actor.versions.remote() for actor in self.actors]
+        ready, late = self.ray.wait(refs, num_returns=len(refs), timeout=SLOT_START_SECONDS)
+        if late:
+            raise ResourceError(
+                f"{len(late)} of {len(refs)} slots did not start within {SLOT_START_SECONDS:g} s. "
+                "The cluster reports enough resources, so others may hold them: see `ray status`"
+            )
+        for theirs in self.ray.get(ready):
+            differing = {k: (theirs.get(k), v) for k, v in ours.items() if theirs.get(k) != v}
+            if differing:
+                raise ResourceError(
+                    f"a node runs other versions than this command: {differing} (node, here). "
+                    "Install the same flatcensus, torch and timm on all nodes"
+                )
+
+
+class _SlotActor:
+    """The Ray side of a slot. Imports neither torch nor timm: the child does."""
+
+    def __init__(self, hang_seconds: float) -> None:
+        from pipeline.slot import Slot
+
+        self.slot = Slot(hang_seconds)
+
+    def versions(self) -> dict[str, str]:
+        from pipeline.versions import versions
+
+        return versions()
+
+    def run(self, task: Task) -> Outcome:
+        return self.slot.run(task)
+
+
+def slots_that_fit(cluster: dict[str, float], resources: ResourceSpec, *, where: str) -> int:
+    """Slots for a cluster's total resources. Raises ResourceError if not even one fits."""
+    cpus, gpus = cluster.get("CPU", 0.0), cluster.get("GPU", 0.0)
+    if resources.num_gpus > gpus:
+        raise ResourceError(_no_gpu(resources, f"{where} has {gpus:g} GPUs"))
+    if resources.num_cpus > cpus:
+        raise ResourceError(
+            f"resources.num_cpus = {resources.num_cpus} per slot, but {where} has {cpus:g} CPUs. "
+            "Lower num_cpus in [resources]"
+        )
+    fits = int(cpus // resources.num_cpus)
+    if resources.num_gpus > 0:
+        fits = min(fits, int(gpus / resources.num_gpus + 1e-9))
+    return min(fits, resources.max_slots or fits)
+
+
+def _connect(address: str | None) -> None:
+    import logging
+
+    import ray
+
+    options: dict[str, Any] = {
+        "logging_level": logging.ERROR, "log_to_driver": False, "ignore_reinit_error": True,
+    }  # fmt: skip
+    if address is None:
+        ray.init(include_dashboard=False, num_cpus=os.cpu_count(), **options)
+        return
+    try:
+        ray.init(address=address, **options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ResourceError(
+            f"no Ray cluster answers at {address!r} ({error}). Start one with "
+            "`ray start --head`, or use --on local"
+        ) from error
+
+
+def _environment(resources: ResourceSpec) -> dict[str, str]:
+    environment = {"OMP_NUM_THREADS": str(resources.num_cpus)}
+    if resources.num_gpus == 0:
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # Ray no longer hides GPUs from CPU actors
+    return environment
+
+
+def _no_gpu(resources: ResourceSpec, found: str) -> str:
+    return (
+        f"resources.num_gpus = {resources.num_gpus:g} per slot, but {found}. "
+        "Set num_gpus = 0 to run on CPU, or launch --on the address of a cluster with GPUs"
+    )

@@ -1,0 +1,395 @@
+"""The manifest: a TOML file that says what to audit, validated all at once.
+
+``load_manifest`` reports every problem in one ManifestError, each as ``file:line: message`` with
+the nearest valid name. The schema is documented in manifests/README.md.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import pydantic
+
+from pipeline.correlate import CorrelationPair
+from pipeline.errors import ManifestError, did_you_mean
+from pipeline.tomllines import line_of, table_lines
+from tasks.measurement import Measurement, Output, Settings
+from tasks.registry import METRICS
+from tasks.training_results import FINAL_QUANTITIES
+from tasks.training_settings import TrainSettings
+
+Model = TypeVar("Model", bound=pydantic.BaseModel)
+
+
+class DataSpec(Settings):
+    """Which images. ``samples`` of them are measured, in an order fixed by the manifest's seed."""
+
+    name: Literal["digits", "fashion-mnist", "image-folder"]
+    split: str = "test"
+    root: str | None = None
+    samples: int = pydantic.Field(default=100, ge=1)
+
+
+class ResourceSpec(Settings):
+    """What one slot (one worker) may use, and how patient the scheduler is.
+
+    None of this can change a result beyond rounding: it is recorded with every unit, and it stays
+    out of the keys.
+    """
+
+    num_cpus: int = pydantic.Field(default=1, ge=1)
+    num_gpus: float = pydantic.Field(default=0.0, ge=0)
+    max_slots: int | None = pydantic.Field(default=None, ge=1)
+    batch_size: int = pydantic.Field(default=32, ge=1)
+    unit_seconds: float = pydantic.Field(default=60.0, gt=0)
+    max_attempts: int = pydantic.Field(default=3, ge=1)
+    hang_seconds: float = pydantic.Field(default=120.0, gt=0)
+
+    @pydantic.field_validator("num_gpus")
+    @classmethod
+    def _whole_or_unit_fraction(cls, value: float) -> float:
+        # Mixed fractions strand GPU memory and can deadlock the scheduler.
+        if value > 1 and value != int(value):
+            raise ValueError("above 1, num_gpus must be a whole number")
+        if 0 < value < 1 and abs(1 / value - round(1 / value)) > 1e-9:
+            raise ValueError("a fraction of a GPU must be 1/k: 0.5, 0.25, ...")
+        return value
+
+
+@dataclass(frozen=True)
+class MeasurementEntry:
+    """One ``[[measurements]]`` table: a measurement and the label that tells it from its twins."""
+
+    measurement: Measurement
+    label: str
+
+    @property
+    def metric(self) -> str:
+        """Name of the measurement."""
+        return self.measurement.metric
+
+    def series(self, quantity: str) -> str:
+        """Name of a quantity in this run's tables: ``quantity`` or ``quantity@label``."""
+        return f"{quantity}@{self.label}" if self.label else quantity
+
+
+@dataclass(frozen=True)
+class TrainEntry:
+    """One checkpoint to train: a point of a ``[[train]]`` table's grid."""
+
+    name: str
+    family: str
+    data: DataSpec
+    settings: TrainSettings
+
+
+class TimmEntry(Settings):
+    """Pretrained checkpoints by full timm name, from the hub."""
+
+    source: Literal["timm"]
+    names: list[str] = pydantic.Field(min_length=1)
+    revision: str | None = None
+    family: str | None = None
+
+
+class LocalEntry(Settings):
+    """Checkpoint directories (config.json and weights), by path or glob."""
+
+    source: Literal["local"]
+    paths: list[str] = pydantic.Field(min_length=1)
+    family: str | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A validated manifest. ``root`` is the folder its relative paths start from."""
+
+    name: str
+    seed: int
+    output: Output
+    dtype: Literal["float32", "float64"]
+    data: DataSpec
+    train: tuple[TrainEntry, ...]
+    timm: tuple[TimmEntry, ...]
+    local: tuple[tuple[LocalEntry, tuple[Path, ...]], ...]
+    measurements: tuple[MeasurementEntry, ...]
+    correlations: tuple[CorrelationPair, ...]
+    resources: ResourceSpec
+    root: Path
+    text: str
+
+
+class _Head(Settings):
+    """The top-level keys; tables of tables are validated one by one."""
+
+    name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)
+    seed: int = pydantic.Field(default=0, ge=0)
+    output: Output = "sigmoid"
+    dtype: Literal["float32", "float64"] = "float32"
+    data: DataSpec
+    resources: ResourceSpec = ResourceSpec()
+    train: list[dict[str, Any]] = pydantic.Field(default_factory=list)
+    checkpoints: list[dict[str, Any]] = pydantic.Field(default_factory=list)
+    measurements: list[dict[str, Any]] = pydantic.Field(default_factory=list)
+    correlations: list[dict[str, Any]] = pydantic.Field(default_factory=list)
+
+
+def load_manifest(path: Path | str) -> Manifest:
+    """Read and validate a manifest file. Raises ManifestError with all problems."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ManifestError(
+            f"{path}: cannot read the manifest ({error}). Expected a TOML file; "
+            "see manifests/ for examples"
+        ) from error
+    return parse_manifest(text, where=str(path), root=path.resolve().parent)
+
+
+def parse_manifest(text: str, *, where: str, root: Path) -> Manifest:
+    """Validate a manifest's text. ``where`` names it in messages, ``root`` resolves its paths."""
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ManifestError(f"{where}: not valid TOML: {error}") from error
+    return _Parser(where, root, text, document).manifest()
+
+
+class _Parser:
+    """Collects problems while building a Manifest, so that the user sees all of them at once."""
+
+    def __init__(self, where: str, root: Path, text: str, document: dict[str, Any]) -> None:
+        self.where, self.root, self.text, self.document = where, root, text, document
+        self.lines = table_lines(text)
+        self.problems: list[tuple[int, str]] = []
+
+    def manifest(self) -> Manifest:
+        head = self.validate(_Head, self.document, ())
+        tables = {
+            key: [t for t in value if isinstance(t, dict)] if isinstance(value, list) else []
+            for key in ("train", "checkpoints", "measurements", "correlations")
+            for value in [self.document.get(key, [])]
+        }
+        train = tuple(self.train_entries(tables["train"], head))
+        timm, local = self.checkpoint_entries(tables["checkpoints"])
+        measurements = tuple(self.measurement_entries(tables["measurements"]))
+        correlations = tuple(self.correlation_pairs(tables["correlations"], measurements))
+        if head and not (train or timm or local or tables["train"] or tables["checkpoints"]):
+            self.problem((), "nothing to audit: add a [[checkpoints]] or a [[train]] table")
+        if self.problems or head is None:
+            listed = "\n".join(f"{self.where}:{n}: {m}" for n, m in sorted(set(self.problems)))
+            raise ManifestError(listed)
+        return Manifest(
+            name=head.name, seed=head.seed, output=head.output, dtype=head.dtype, data=head.data,
+            train=train, timm=timm, local=local, measurements=measurements,
+            correlations=correlations, resources=head.resources, root=self.root, text=self.text,
+        )  # fmt: skip
+
+    def problem(self, path: tuple[str | int, ...], message: str) -> None:
+        self.problems.append((line_of(self.lines, path), message))
+
+    def validate(
+        self, model: type[Model], values: Mapping[str, Any], path: tuple[str | int, ...]
+    ) -> Model | None:
+        """Validate one table; every pydantic error becomes a problem with its line."""
+        try:
+            return model.model_validate(dict(values))
+        except pydantic.ValidationError as error:
+            for item in error.errors():
+                self.problem(path + tuple(item["loc"]), _sentence(item, model, values))
+            return None
+
+    def train_entries(
+        self, tables: list[dict[str, Any]], head: _Head | None
+    ) -> Iterator[TrainEntry]:
+        """Expand each table's grid; names must tell the points apart."""
+        seen: dict[str, int] = {}
+        for index, table in enumerate(tables):
+            path = ("train", index)
+            special = {k: table[k] for k in ("name", "family", "data") if k in table}
+            grid = {
+                k: v if isinstance(v, list) else [v] for k, v in table.items() if k not in special
+            }
+            for key in ("name", "family"):
+                if key in special and not isinstance(special[key], str):
+                    self.problem((*path, key), f"{key} must be a string, found {special[key]!r}")
+                    special.pop(key)
+            if any(not values for values in grid.values()):
+                empty = next(k for k, v in grid.items() if not v)
+                self.problem((*path, empty), f"{empty} is an empty list: the grid has no points")
+                continue
+            data = (
+                self.validate(DataSpec, special["data"], (*path, "data"))
+                if "data" in special
+                else (head.data if head else None)
+            )
+            varied = [k for k, v in grid.items() if len(v) > 1]
+            for point in itertools.product(*grid.values()):
+                values = dict(zip(grid, point, strict=True))
+                settings = self.validate(TrainSettings, values, path)
+                if settings is None:
+                    break
+                name = _grid_name(special.get("name"), values, varied)
+                if name in seen:
+                    self.problem(
+                        path,
+                        f"two trained checkpoints are named {name!r} (tables {seen[name] + 1} and "
+                        f"{index + 1}): give one [[train]] table another name",
+                    )
+                seen[name] = index
+                if data is not None:
+                    family = special.get("family", settings.network)
+                    yield TrainEntry(name=name, family=family, data=data, settings=settings)
+
+    def checkpoint_entries(
+        self, tables: list[dict[str, Any]]
+    ) -> tuple[tuple[TimmEntry, ...], tuple[tuple[LocalEntry, tuple[Path, ...]], ...]]:
+        timm_entries: list[TimmEntry] = []
+        local: list[tuple[LocalEntry, tuple[Path, ...]]] = []
+        for index, table in enumerate(tables):
+            path = ("checkpoints", index)
+            source = table.get("source")
+            if source == "timm":
+                entry = self.validate(TimmEntry, table, path)
+                if entry:
+                    self.check_timm_names(entry.names, path)
+                    timm_entries.append(entry)
+            elif source == "local":
+                entry = self.validate(LocalEntry, table, path)
+                if entry:
+                    local.append((entry, self.expand_paths(entry.paths, path)))
+            else:
+                self.problem(
+                    (*path, "source"),
+                    f"source must be 'timm' or 'local', found {source!r}."
+                    + (did_you_mean(source, ("timm", "local")) if isinstance(source, str) else ""),
+                )
+        return tuple(timm_entries), tuple(local)
+
+    def check_timm_names(self, names: list[str], path: tuple[str | int, ...]) -> None:
+        import timm
+
+        known: set[str] | None = None
+        for name in names:
+            if timm.is_model(name) and timm.models.get_pretrained_cfg(name) is not None:
+                continue
+            known = known or set(timm.list_models(pretrained=True))
+            self.problem(
+                (*path, "names"),
+                f"timm {timm.__version__} has no pretrained model {name!r}."
+                + did_you_mean(name, known),
+            )
+
+    def expand_paths(self, patterns: list[str], path: tuple[str | int, ...]) -> tuple[Path, ...]:
+        found: list[Path] = []
+        for pattern in patterns:
+            base = Path(pattern).expanduser()
+            base = base if base.is_absolute() else self.root / base
+            matches = sorted(
+                p for p in Path(base.anchor).glob(str(base.relative_to(base.anchor))) if p.is_dir()
+            )
+            if not matches:
+                self.problem(
+                    (*path, "paths"),
+                    f"no checkpoint directory matches {str(base)!r}. Expected a folder with "
+                    "config.json and model.safetensors",
+                )
+            found.extend(matches)
+        return tuple(dict.fromkeys(found))
+
+    def measurement_entries(self, tables: list[dict[str, Any]]) -> Iterator[MeasurementEntry]:
+        seen: dict[str, int] = {}
+        for index, table in enumerate(tables):
+            path = ("measurements", index)
+            fields = dict(table)
+            metric = fields.pop("metric", None)
+            if metric not in METRICS:
+                near = did_you_mean(metric, METRICS) if isinstance(metric, str) else ""
+                self.problem(
+                    (*path, "metric"),
+                    f"unknown metric {metric!r}.{near} See: flatcensus list metrics",
+                )
+                continue
+            label = fields.pop("label", None)
+            if label is not None and not (
+                isinstance(label, str) and label.replace("-", "").replace("_", "").isalnum()
+            ):
+                self.problem(
+                    (*path, "label"), f"label must be letters, digits, - and _, found {label!r}"
+                )
+                continue
+            measurement = self.validate(METRICS[metric], fields, path)
+            if measurement is None:
+                continue
+            first_of_metric = not any(e.get("metric") == metric for e in tables[:index])
+            if label is None:
+                label = "" if first_of_metric else str(getattr(measurement, "method", index))
+            entry = MeasurementEntry(measurement, label)
+            clash = next(
+                (s for q in measurement.quantities if (s := entry.series(q)) in seen), None
+            )
+            if clash is not None:
+                self.problem(
+                    path,
+                    f"measurements {seen[clash] + 1} and {index + 1} both give {clash!r}: "
+                    'add label = "..." to one',
+                )
+                continue
+            seen.update({entry.series(q): index for q in measurement.quantities})
+            yield entry
+
+    def correlation_pairs(
+        self, tables: list[dict[str, Any]], measurements: tuple[MeasurementEntry, ...]
+    ) -> Iterator[CorrelationPair]:
+        series = {e.series(q) for e in measurements for q in e.measurement.quantities}
+        series |= set(FINAL_QUANTITIES)
+        for index, table in enumerate(tables):
+            path = ("correlations", index)
+            pair = self.validate(CorrelationPair, table, path)
+            if pair is None:
+                continue
+            for axis, name in (("x", pair.x), ("y", pair.y)):
+                if name not in series:
+                    self.problem(
+                        (*path, axis),
+                        f"{name!r} is measured nowhere in this manifest."
+                        + did_you_mean(name, series),
+                    )
+            yield pair
+
+
+def _grid_name(template: str | None, values: Mapping[str, Any], varied: list[str]) -> str:
+    """Name of a grid point: the template's ``{key}`` filled in, or network and varied keys."""
+    if template is not None and "{" in template:
+        try:
+            return template.format(**values)
+        except (KeyError, IndexError, ValueError):
+            return template
+    parts = [template or str(values.get("network", "net"))]
+    return "-".join(parts + [f"{key}={values[key]}" for key in varied])
+
+
+def _sentence(item: Any, model: type[pydantic.BaseModel], values: Mapping[str, Any]) -> str:
+    """One pydantic error as a sentence with expected, found and the nearest name."""
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        fields: Any = model.model_fields
+        for part in item["loc"][:-1]:
+            annotation = fields[part].annotation if part in fields else None
+            fields = getattr(annotation, "model_fields", {})
+        return f"unknown key {item['loc'][-1]!r}.{did_you_mean(str(item['loc'][-1]), fields)}"
+    if item["type"] == "missing":
+        return f"key {key!r} is required and missing"
+    found = item.get("input")
+    shown = "" if isinstance(found, dict) else f", found {found!r}"
+    if item["type"] == "literal_error" and isinstance(found, str):
+        expected = item["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        shown += "." + did_you_mean(found, expected)
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{key + ': ' if key else ''}{message}{shown}"

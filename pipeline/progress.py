@@ -1,0 +1,118 @@
+"""What a plan says, as tables: state and reason of each spec, totals, stale results."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+
+import pandas as pd
+
+from pipeline.plan import Plan, SpecPlan
+from pipeline.store import Store
+
+SPEC_FOLDER = "specs"
+
+
+def plan_table(plan: Plan) -> pd.DataFrame:
+    """One line per spec: what it would do and why."""
+    units: dict[str, list[float]] = defaultdict(list)
+    for unit in plan.units:
+        units[unit.spec.key].append(unit.predicted_seconds)
+    lines = [
+        {
+            "checkpoint": item.spec.checkpoint,
+            "measurement": _measurement(item),
+            "state": item.state,
+            "units": len(units[item.spec.key]),
+            "seconds": round(sum(units[item.spec.key]), 1),
+            "reason": item.reason,
+        }
+        for item in plan.specs
+    ]
+    return pd.DataFrame(
+        lines, columns=["checkpoint", "measurement", "state", "units", "seconds", "reason"]
+    )
+
+
+def status_table(plan: Plan) -> pd.DataFrame:
+    """One line per measurement: how many checkpoints are done, to do, failed."""
+    counts: dict[str, dict[str, int]] = {}
+    for item in plan.specs:
+        line = counts.setdefault(_measurement(item), dict.fromkeys(("done", "todo", "failed"), 0))
+        line[item.state] += 1
+    units: dict[str, int] = defaultdict(int)
+    for unit in plan.units:
+        label = f"@{unit.spec.label}" if unit.spec.label else ""
+        units[unit.spec.metric + label] += 1
+    lines = [
+        {"measurement": name, **line, "waiting": 0, "units_todo": units[name]}
+        for name, line in counts.items()
+    ]
+    if plan.waiting:
+        lines.append(
+            {"measurement": "(after training)", "done": 0, "todo": 0, "failed": 0,
+             "waiting": len(plan.waiting), "units_todo": 0}
+        )  # fmt: skip
+    if plan.unresolved:
+        lines.append(
+            {"measurement": "(checkpoints not to be had)", "done": 0, "todo": 0,
+             "failed": len(plan.unresolved), "waiting": 0, "units_todo": 0}
+        )  # fmt: skip
+    return pd.DataFrame(
+        lines, columns=["measurement", "done", "todo", "failed", "waiting", "units_todo"]
+    )
+
+
+def write_specs(plan: Plan, store: Store) -> None:
+    """Keep what each key stands for, so that later plans can say what changed."""
+    for item in plan.specs:
+        spec = item.spec
+        known = {
+            "checkpoint": spec.checkpoint, "metric": spec.metric, "label": spec.label,
+            "fields": spec.fields,
+        }  # fmt: skip
+        store.put_new(f"{SPEC_FOLDER}/{spec.key}.json", json.dumps(known, indent=1).encode())
+
+
+def stale_lines(plan: Plan, store: Store) -> list[str]:
+    """For results that the manifest no longer asks for: which field differs from what it asks."""
+    lines = []
+    for key in plan.stale:
+        name = f"{SPEC_FOLDER}/{key}.json"
+        if not store.exists(name):
+            lines.append(f"shards/{key}: results of unknown settings, kept and not used")
+            continue
+        old = json.loads(store.get(name))
+        what = f"{old['checkpoint']} {old['metric']}" + (f"@{old['label']}" if old["label"] else "")
+        twins = [
+            item.spec
+            for item in plan.specs
+            if (item.spec.checkpoint, item.spec.metric) == (old["checkpoint"], old["metric"])
+        ]
+        twin = next((t for t in twins if t.label == old["label"]), twins[0] if twins else None)
+        changes = (
+            _differences(old["fields"], twin.fields) if twin else ["no longer in the manifest"]
+        )
+        lines.append(f"stale: {what} ({'; '.join(changes)}); kept and not used")
+    return lines
+
+
+def _differences(old: object, new: object, path: str = "") -> list[str]:
+    """``measurement.tolerance 0.001 -> 0.01`` for every field that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in sorted(old.keys() | new.keys()):
+            where = f"{path}.{key}" if path else str(key)
+            found += _differences(old.get(key), new.get(key), where)
+        return found
+    return [] if old == new else [f"{path} {_short(old)} -> {_short(new)}"]
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 28 else text[:25] + "..."
+
+
+def _measurement(item: SpecPlan) -> str:
+    spec = item.spec
+    return spec.metric + (f"@{spec.label}" if spec.label else "")

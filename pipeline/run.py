@@ -1,0 +1,132 @@
+"""A run: a store, the manifest it belongs to, and the steps every command is made of.
+
+``open_run`` finds a run by its folder, ``start_run`` begins or continues one from a manifest. The
+folder holds a copy of the manifest and the place its relative paths start from, so every later
+command needs the folder alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.driver import Launch, Observer, launch
+from pipeline.errors import UsageError
+from pipeline.executor import Executor, InlineExecutor, RayExecutor
+from pipeline.manifest import Manifest, load_manifest, parse_manifest
+from pipeline.plan import Plan, make_plan
+from pipeline.reduce import Tables, reduce_run, write_tables
+from pipeline.shards import Quarantined, read_shards
+from pipeline.store import Store, open_store
+
+MANIFEST, RUN = "manifest.toml", "run.json"
+RUN_VERSION = 1
+TEMPORARY_SECONDS = 3600.0  # older temporaries belong to dead writers: chosen
+
+
+@dataclass(frozen=True)
+class Run:
+    """A manifest and the store of its results."""
+
+    manifest: Manifest
+    store: Store
+
+    def plan(self) -> Plan:
+        """What is done and what is to do."""
+        return make_plan(self.manifest, self.store)
+
+    def reduce(self) -> tuple[Plan, Tables]:
+        """Build and publish the tables from the shards as they are now."""
+        plan = self.plan()
+        tables = reduce_run(self.manifest, plan, self.store)
+        write_tables(tables, self.store)
+        return plan, tables
+
+
+def start_run(manifest_path: Path, folder: str | None) -> Run:
+    """Begin or continue the run of a manifest. Raises ManifestError, StoreError or UsageError."""
+    manifest = load_manifest(manifest_path)
+    run = Run(manifest, open_store(folder or f"runs/{manifest.name}"))
+    if run.store.exists(RUN):
+        known = _read_description(run.store)["name"]
+        if known != manifest.name:
+            raise UsageError(
+                f"{run.store.uri} is the run of manifest {known!r}, not of {manifest.name!r}. "
+                "Give the new manifest a folder of its own with --run"
+            )
+    return run
+
+
+def open_run(folder: str) -> Run:
+    """Open an existing run folder. Raises UsageError if it is none."""
+    store = open_store(folder)
+    if not (store.exists(RUN) and store.exists(MANIFEST)):
+        raise UsageError(
+            f"{folder} is not a run folder: expected {RUN} and {MANIFEST} in it. "
+            "Runs are made by: flatcensus launch MANIFEST"
+        )
+    root = Path(_read_description(store)["root"])
+    text = store.get(MANIFEST).decode()
+    return Run(parse_manifest(text, where=f"{store.uri}/{MANIFEST}", root=root), store)
+
+
+def execute(
+    run: Run,
+    observer: Observer,
+    *,
+    on: str,
+    retry_failed: bool = False,
+    train_only: bool = False,
+) -> tuple[Launch, list[Quarantined]]:
+    """Probe the store, write the manifest, set damaged shards aside, then run what is to do."""
+    run.store.probe()
+    run.store.put(MANIFEST, run.manifest.text.encode())
+    description = {"run_version": RUN_VERSION, "name": run.manifest.name,
+                   "root": str(run.manifest.root)}  # fmt: skip
+    run.store.put(RUN, json.dumps(description, indent=1).encode())
+    run.store.clean_temporaries(TEMPORARY_SECONDS)
+    quarantined = verify(run.store)
+    result = launch(
+        run.manifest,
+        run.store,
+        executor_opener(run.manifest, on),
+        observer,
+        retry_failed=retry_failed,
+        train_only=train_only,
+    )
+    return result, quarantined
+
+
+def verify(store: Store) -> list[Quarantined]:
+    """Read every shard, check every byte, and set aside what is damaged."""
+    quarantined: list[Quarantined] = []
+    for _ in read_shards(store, quarantined=quarantined):
+        pass
+    return quarantined
+
+
+def executor_opener(manifest: Manifest, on: str) -> Callable[[], Executor]:
+    """How to open the executor named by ``--on``: ``inline``, ``local`` or a cluster's address."""
+    if on == "inline":
+        return lambda: InlineExecutor(manifest.resources)
+    return lambda: RayExecutor(manifest.resources, address=None if on == "local" else on)
+
+
+def _read_description(store: Store) -> dict[str, str]:
+    try:
+        description = json.loads(store.get(RUN))
+        version = description["run_version"]
+        description["name"], description["root"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{store.uri}/{RUN} is damaged ({error!r}). Launch the manifest again with "
+            f"--run {store.uri}"
+        ) from error
+    if version != RUN_VERSION:
+        raise UsageError(
+            f"{store.uri} was written by another flatcensus (run version {version}, this one reads "
+            f"{RUN_VERSION}). Use that version, or a new run folder"
+        )
+    return description

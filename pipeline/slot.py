@@ -1,0 +1,132 @@
+"""A slot: one worker's share of a machine, and the child process that does its units.
+
+The child serves one subject (checkpoint) and is replaced when the subject changes, so memory
+returns by process exit and a crash in native code costs one unit. Children are forked from a
+server that has torch and timm loaded: a new one is ready in a fraction of a second. The slot itself
+loads neither, holds no result, and can be killed at any time: shards are committed by the child.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import threading
+import time
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.specs import Task
+    from pipeline.worker import Outcome
+
+HEARTBEAT_SECONDS = 1.0
+
+
+class Slot:
+    """Runs units one at a time in a child process; notices when the child dies or goes silent."""
+
+    def __init__(self, hang_seconds: float) -> None:
+        self.hang_seconds = hang_seconds
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["pipeline.worker", "timm"])
+        self.child: multiprocessing.process.BaseProcess | None = None
+        self.pipe: Connection | None = None
+        self.subject = ""
+
+    def run(self, task: Task) -> Outcome:
+        """Do one unit. Never raises for what the unit or its process does."""
+        started = time.monotonic()
+        pipe = self._child_for(task.spec.subject)
+        try:
+            pipe.send(task)
+            return self._await(pipe, started)
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            code = self._stop()
+            cause = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+            return _died("crash", f"The worker process died ({cause})", started)
+
+    def close(self) -> None:
+        """End the child."""
+        self._stop()
+
+    def _await(self, pipe: Connection, started: float) -> Outcome:
+        while True:
+            if not pipe.poll(self.hang_seconds):
+                self._stop()
+                silent = f"No sign of life for {self.hang_seconds:g} s; the worker was killed"
+                return _died("hang", silent, started)
+            message = pipe.recv()
+            if message is not None:  # None is a heartbeat
+                return message
+
+    def _child_for(self, subject: str) -> Connection:
+        if (
+            self.pipe is not None
+            and self.subject == subject
+            and self.child
+            and self.child.is_alive()
+        ):
+            return self.pipe
+        self._stop()
+        ours, theirs = self.context.Pipe()
+        self.child = self.context.Process(target=_serve, args=(theirs,), daemon=True)
+        self.child.start()
+        theirs.close()
+        self.pipe, self.subject = ours, subject
+        return ours
+
+    def _stop(self) -> int | None:
+        if self.child is None:
+            return None
+        if self.pipe is not None:
+            self.pipe.close()
+        # A child that is between units ends by itself at the closed pipe; a silent one is killed.
+        self.child.join(timeout=0.05)
+        if self.child.exitcode is None:
+            self.child.kill()
+            self.child.join()
+        code = self.child.exitcode
+        self.child, self.pipe, self.subject = None, None, ""
+        return code
+
+
+def _died(kind: str, message: str, started: float) -> Outcome:
+    from pipeline.schema import Failure
+    from pipeline.worker import HINTS, Outcome
+
+    failure = Failure(
+        class_=kind, type="WorkerDied", message=message, hint=HINTS[kind], traceback=""
+    )
+    return Outcome("failed", time.monotonic() - started, failure, kind)
+
+
+def _serve(pipe: Connection) -> None:
+    """The child: units from the pipe, outcomes back, a heartbeat from a thread beside them."""
+    import signal
+
+    from pipeline.worker import Workbench, run_unit
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to answer
+    bench, lock, busy = Workbench(), threading.Lock(), threading.Event()
+
+    def beat() -> None:
+        while True:
+            busy.wait()
+            time.sleep(HEARTBEAT_SECONDS)
+            try:
+                with lock:
+                    if busy.is_set():
+                        pipe.send(None)
+            except OSError:
+                os._exit(1)  # the slot is gone: nobody waits for this unit
+
+    threading.Thread(target=beat, daemon=True).start()
+    with contextlib.suppress(EOFError, OSError):  # the slot is gone or has closed the pipe
+        while True:
+            task = pipe.recv()
+            busy.set()
+            outcome = run_unit(task, bench)
+            with lock:
+                busy.clear()
+                pipe.send(outcome)

@@ -1,0 +1,274 @@
+"""Specs and tasks: what determines a number (a spec and its key), what a worker is handed (a task).
+
+A *spec* is one checkpoint × one measurement with its settings, or one training. Its ``key`` is the
+SHA-256 of everything that determines its rows and of nothing else; batch size, device, unit size,
+paths and attempts stay out, so they may change between runs without recomputing anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.errors import HubError, ManifestError
+from pipeline.manifest import DataSpec, Manifest, MeasurementEntry, TrainEntry
+from pipeline.store import Store
+from tasks.checkpoints import CheckpointError, CheckpointRef, describe_local
+from tasks.datasets import ImageDataset, load_dataset, transform_identity
+from tasks.measurement import STRIDE, Ranges
+from tasks.outline import Outline, outline, outline_architecture
+from tasks.training import network_for
+from tasks.training_results import FINAL_QUANTITIES
+
+KEY_VERSION = 1  # part of every key: bump when the meaning of the key's fields changes
+KEY_DIGITS = 24  # 96 bits
+
+
+@dataclass(frozen=True)
+class TrainedRef:
+    """A checkpoint that a training spec of this manifest makes; its weights may not exist yet."""
+
+    entry: TrainEntry
+    spec_key: str
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One row of the plan: a key, its fields, and the index ranges it wants at most."""
+
+    key: str
+    kind: Literal["train", "measure"]
+    checkpoint: str
+    family: str
+    tag: str
+    metric: str
+    label: str
+    fields: dict[str, Any]
+    ref: CheckpointRef | None
+    entry: MeasurementEntry | None
+    train: TrainEntry | None
+    data: DataSpec
+    data_identity: str
+    available: int
+    num_samples: int
+    network: Outline
+
+    def stages(self) -> list[Ranges]:
+        """Growing sets of index ranges; a training has one unit."""
+        if self.entry is None:
+            return [(range(0, 1),)]
+        return self.entry.measurement.stages(self.num_samples, self.available)
+
+    @property
+    def quantities(self) -> tuple[str, ...]:
+        """Quantities whose estimates this spec gives."""
+        return FINAL_QUANTITIES if self.entry is None else self.entry.measurement.quantities
+
+    def series(self, quantity: str) -> str:
+        """Name of a quantity in this run's tables."""
+        return quantity if self.entry is None else self.entry.series(quantity)
+
+    @property
+    def subject(self) -> str:
+        """Units with equal subjects share a worker's loaded network and images."""
+        if self.ref is None:
+            return self.key
+        return f"{self.ref.identity}|{self.data_identity}|{self.fields['dtype']}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One unit as a worker gets it: a spec, a range, and the circumstances of this attempt."""
+
+    spec: Spec
+    start: int
+    stop: int
+    seed: int
+    store: str
+    batch_size: int
+    threads: int
+    device: Literal["cpu", "cuda"]
+    predicted_seconds: float
+    attempt: int = 1
+    generation: int = 0
+
+    @property
+    def name(self) -> str:
+        """How the unit is called in messages."""
+        draw, first = divmod(self.start, STRIDE)
+        last = first + self.stop - self.start
+        where = f"samples {first}-{last - 1}" + (f" of draw {draw}" if draw else "")
+        spec = self.spec
+        label = f"@{spec.label}" if spec.label else ""
+        return f"{spec.checkpoint} {spec.metric}{label}" + (f" {where}" if spec.entry else "")
+
+    def again(self, *, batch_size: int | None = None) -> Task:
+        """The next attempt of the same unit."""
+        return replace(self, attempt=self.attempt + 1, batch_size=batch_size or self.batch_size)
+
+
+@dataclass(frozen=True)
+class Unresolved:
+    """A checkpoint or data set that the manifest names and that cannot be had: a row, not a gap."""
+
+    checkpoint: str
+    family: str
+    tag: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """All specs a manifest stands for now, and what could not be resolved or is not trained yet."""
+
+    specs: tuple[Spec, ...]
+    unresolved: tuple[Unresolved, ...]
+    untrained: tuple[TrainedRef, ...]
+
+
+def spec_key(fields: dict[str, Any]) -> str:
+    """Key of a spec from the fields that determine its rows."""
+    canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:KEY_DIGITS]
+
+
+def resolve(manifest: Manifest, store: Store) -> Resolved:
+    """Turn a manifest into specs: identities of data and weights, keys, ranges.
+
+    Trained checkpoints enter once their training unit is committed. Raises DatasetError when the
+    images cannot be had; a checkpoint that cannot be had becomes an Unresolved row.
+    """
+    datasets = _Datasets()
+    specs: list[Spec] = []
+    refs: list[tuple[CheckpointRef, str]] = []
+    unresolved: list[Unresolved] = []
+    untrained: list[TrainedRef] = []
+    for entry in manifest.train:
+        spec = _train_spec(entry, datasets)
+        specs.append(spec)
+        if not store.exists(f"shards/{spec.key}/0-1.parquet"):
+            untrained.append(TrainedRef(entry, spec.key))
+            continue
+        directory = store.path(checkpoint_folder(spec.key))
+        refs.extend(_described(directory, entry.name, entry.family, unresolved))
+    for entry, paths in manifest.local:
+        for path in paths:
+            refs.extend(_described(path, path.name, entry.family, unresolved))
+    for ref in _timm_refs(manifest, store, unresolved):
+        refs.append((ref, ref.name))
+    if refs:
+        images = datasets.get(manifest.data)
+        if manifest.data.samples > len(images):
+            raise ManifestError(
+                f"[data] samples = {manifest.data.samples}, but {manifest.data.name} "
+                f"{manifest.data.split} has {len(images)} images"
+            )
+        for ref, name in refs:
+            for entry in manifest.measurements:
+                specs.append(_measure_spec(manifest, ref, name, entry, images))
+    return Resolved(tuple(specs), tuple(unresolved), tuple(untrained))
+
+
+def checkpoint_folder(key: str) -> str:
+    """Store key of the folder where a training spec leaves its checkpoint."""
+    return f"checkpoints/{key}"
+
+
+class _Datasets:
+    """Loads each split once per resolution."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[str, str, str | None], ImageDataset] = {}
+
+    def get(self, data: DataSpec, split: str | None = None) -> ImageDataset:
+        key = (data.name, split or data.split, data.root)
+        if key not in self.known:
+            self.known[key] = open_dataset(data, split=split)
+        return self.known[key]
+
+
+def open_dataset(data: DataSpec, *, split: str | None = None) -> ImageDataset:
+    """The images of a data table, or of another split of them."""
+    root = Path(data.root) if data.root is not None else None
+    return load_dataset(data.name, split=split or data.split, root=root)
+
+
+def _train_spec(entry: TrainEntry, datasets: _Datasets) -> Spec:
+    images = datasets.get(entry.data, "train")
+    try:
+        network = outline_architecture(*network_for(entry.settings, images))
+    except ValueError as error:
+        raise ManifestError(f"[[train]] {entry.name}: {error}") from error
+    fields = {
+        "key_version": KEY_VERSION,
+        "kind": "train",
+        "train_data": images.identity(),
+        "test_data": datasets.get(entry.data, "test").identity(),
+        "training": entry.settings.key_fields(),
+    }
+    return Spec(
+        key=spec_key(fields), kind="train", checkpoint=entry.name, family=entry.family,
+        tag="trained", metric="training", label="", fields=fields, ref=None, entry=None,
+        train=entry, data=entry.data, data_identity=images.identity(), available=1,
+        num_samples=1, network=network,
+    )  # fmt: skip
+
+
+def _measure_spec(
+    manifest: Manifest, ref: CheckpointRef, name: str, entry: MeasurementEntry, images: ImageDataset
+) -> Spec:
+    network = outline(ref)
+    fields = {
+        "key_version": KEY_VERSION,
+        "kind": "measure",
+        "checkpoint": ref.identity,
+        "data": images.identity(),
+        "transform": transform_identity(network.data_config),
+        "output": manifest.output,
+        "dtype": manifest.dtype,
+        "seed": manifest.seed,
+        "measurement": entry.measurement.key_fields(),
+    }
+    return Spec(
+        key=spec_key(fields), kind="measure", checkpoint=name, family=ref.family, tag=ref.tag,
+        metric=entry.metric, label=entry.label, fields=fields, ref=ref, entry=entry, train=None,
+        data=manifest.data, data_identity=images.identity(), available=len(images),
+        num_samples=manifest.data.samples, network=network,
+    )  # fmt: skip
+
+
+def _described(
+    path: Path, name: str, family: str | None, unresolved: list[Unresolved]
+) -> Iterator[tuple[CheckpointRef, str]]:
+    try:
+        ref = describe_local(path)
+    except CheckpointError as error:
+        unresolved.append(Unresolved(name, family or "unknown", "local", str(error)))
+        return
+    yield (ref.model_copy(update={"family": family}) if family else ref), name
+
+
+def _timm_refs(
+    manifest: Manifest, store: Store, unresolved: list[Unresolved]
+) -> Iterator[CheckpointRef]:
+    """Hub checkpoints at the revision that this run first saw, kept in ``hub.lock.json``."""
+    if not manifest.timm:
+        return
+    from pipeline import hub
+
+    lock = json.loads(store.get("hub.lock.json")) if store.exists("hub.lock.json") else {}
+    for entry in manifest.timm:
+        for name in entry.names:
+            revision = entry.revision or lock.get(name, {}).get("commit")
+            try:
+                file = hub.resolve(name, revision=revision)
+            except HubError as error:
+                architecture, _, tag = name.partition(".")
+                unresolved.append(Unresolved(name, entry.family or architecture, tag, str(error)))
+                continue
+            ref = hub.checkpoint_ref(name, file)
+            yield ref.model_copy(update={"family": entry.family}) if entry.family else ref

@@ -1,0 +1,297 @@
+"""Units to shards: the only caller of the mathematics.
+
+``run_unit`` never raises for what a unit does: it returns an Outcome, so that the scheduler can
+tell a network that cannot be measured from a machine that failed. A Workbench keeps one loaded
+network and its images for the next unit of the same checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import resource
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from pipeline.errors import HubError, StoreError
+from pipeline.schema import Constants, Failure, UnitRecord
+from pipeline.shards import encode_shard, failure_key, shard_key
+from pipeline.specs import Task, checkpoint_folder, open_dataset
+from pipeline.store import Store, open_store
+from pipeline.versions import code_version, versions
+from tasks.checkpoints import (
+    CheckpointError,
+    CheckpointRef,
+    LoadedCheckpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from tasks.datasets import DatasetError, ImageDataset, load_batch, preprocessing, sample_order
+from tasks.measurement import Batch, MeasurementError, Row, Subject
+from tasks.training import TrainSettings, train
+
+# permanent: this unit can never succeed · memory: try a smaller batch · transient: try later ·
+# store: nothing can be written, stop the launch · crash, hang: the process died or went silent
+FailureClass = Literal["permanent", "memory", "transient", "store", "crash", "hang", "unexpected"]
+Progress = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one attempt. Small and picklable: it crosses process and node borders."""
+
+    status: Literal["committed", "duplicate", "failed"]
+    seconds: float
+    failure: Failure | None = None
+    failure_class: FailureClass | None = None
+    nondeterminism: str | None = None
+
+
+@dataclass
+class Workbench:
+    """One worker's loaded network, images and thread setting; reused while the subject stays."""
+
+    subject_key: str = ""
+    subject: Subject | None = None
+    datasets: dict[tuple[str, str | None, str], ImageDataset] = field(default_factory=dict)
+
+    def subject_of(self, task: Task) -> Subject:
+        """The task's checkpoint, loaded unless it is on the bench already."""
+        if self.subject is None or self.subject_key != task.spec.subject:
+            self.subject = None  # free the old network before the new one is loaded
+            self.subject = self._load(task)
+            self.subject_key = task.spec.subject
+        if self.subject.batch_size != task.batch_size:
+            self.subject = replace(self.subject, batch_size=task.batch_size)
+        return self.subject
+
+    def _load(self, task: Task) -> Subject:
+        spec = task.spec
+        assert spec.ref is not None
+        dtype = getattr(torch, str(spec.fields["dtype"]))
+        loaded = load_checkpoint(_with_weights(task), dtype=dtype, device=task.device)
+        dataset = self.dataset(task, spec.data.split)
+        if (found := dataset.identity()) != spec.data_identity:
+            raise DatasetError(
+                f"the images of {spec.data.name!r} changed after the plan was made (planned "
+                f"{spec.data_identity[:12]}, found {found[:12]}). Run the command again"
+            )
+        return make_subject(loaded, dataset, task)
+
+    def dataset(self, task: Task, split: str) -> ImageDataset:
+        """The images of one split, loaded once."""
+        data = task.spec.data
+        key = (data.name, data.root, split)
+        if key not in self.datasets:
+            self.datasets[key] = open_dataset(data, split=split)
+        return self.datasets[key]
+
+
+def run_unit(task: Task, bench: Workbench, progress: Progress | None = None) -> Outcome:
+    """Do one unit and commit its shard. All failures come back as an Outcome."""
+    torch.set_num_threads(task.threads)
+    started, clock = datetime.now(UTC), time.perf_counter()
+    try:
+        store = open_store(task.store)
+        if task.spec.kind == "train":
+            rows, artifacts = _train(task, bench, store, progress)
+            self_test = None
+        else:
+            assert task.spec.entry is not None
+            subject = bench.subject_of(task)
+            indices = range(task.start, task.stop)
+            rows, artifacts = task.spec.entry.measurement.measure(subject, indices), {}
+            self_test = _self_test(subject)
+        seconds = time.perf_counter() - clock
+        record = _record(task, started, seconds, len(rows), artifacts, self_test)
+        key = shard_key(task.spec.key, task.start, task.stop)
+        if store.put_new(key, encode_shard(rows, record, _constants(task))):
+            return Outcome("committed", seconds)
+        return Outcome("duplicate", seconds, nondeterminism=_compare(store, key, rows))
+    except (CheckpointError, DatasetError, MeasurementError) as error:
+        return _failed(error, "permanent", clock)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        return _failed(error, "memory", clock)
+    except (HubError, ConnectionError, TimeoutError) as error:
+        return _failed(error, "transient", clock)
+    except StoreError as error:
+        return _failed(error, "store", clock)
+    except Exception as error:  # a border: an unknown error becomes a row with its traceback
+        return _failed(error, "unexpected", clock)
+
+
+def write_failure(store: Store, task: Task, failure: Failure) -> bool:
+    """Publish a failure shard: the unit is settled until somebody asks to try again."""
+    now = datetime.now(UTC)
+    record = _record(task, now, 0.0, 0, {}, None).model_copy(
+        update={"status": "failed", "failure": failure}
+    )
+    key = failure_key(task.spec.key, task.start, task.stop, task.generation)
+    return store.put_new(key, encode_shard([], record, _constants(task)))
+
+
+def make_subject(loaded: LoadedCheckpoint, dataset: ImageDataset, task: Task) -> Subject:
+    """Join a network and its images into what measurements see."""
+    transform = preprocessing(loaded.data_config)
+    order = sample_order(task.spec.data_identity, seed=task.seed, length=len(dataset))
+    dtype = getattr(torch, str(task.spec.fields["dtype"]))
+
+    def batch(samples: Sequence[int]) -> Batch:
+        return load_batch(
+            dataset, samples, order=order, transform=transform,
+            num_outputs=loaded.num_outputs, dtype=dtype, device=task.device,
+        )  # fmt: skip
+
+    return Subject(
+        model=loaded.model,
+        output=task.spec.fields["output"],
+        batch=batch,
+        seed=task.seed,
+        batch_size=task.batch_size,
+        num_parameters=loaded.num_parameters,
+    )
+
+
+def _train(
+    task: Task, bench: Workbench, store: Store, progress: Progress | None
+) -> tuple[list[Row], dict[str, str]]:
+    """Train, publish the checkpoint folder, and return history and artifact digests.
+
+    The shard that follows is the commit; weights without a shard are a leftover and are replaced.
+    """
+    entry = task.spec.train
+    assert entry is not None
+    trained = train(
+        entry.settings,
+        bench.dataset(task, "train"),
+        bench.dataset(task, "test"),
+        device=task.device,
+        progress=(lambda step, steps: progress(step / steps)) if progress else None,
+    )
+    artifacts: dict[str, str] = {}
+    with tempfile.TemporaryDirectory(prefix="flatcensus-") as folder:
+        save_checkpoint(
+            trained.model, Path(folder), architecture=trained.architecture,
+            model_args=trained.model_args, data_config=trained.data_config, family=entry.family,
+        )  # fmt: skip
+        committed = store.exists(shard_key(task.spec.key, task.start, task.stop))
+        for file in sorted(Path(folder).iterdir()):
+            key, data = f"{checkpoint_folder(task.spec.key)}/{file.name}", file.read_bytes()
+            artifacts[key] = hashlib.sha256(data).hexdigest()
+            if not committed:
+                store.put(key, data)
+    return trained.rows, artifacts
+
+
+def _with_weights(task: Task) -> CheckpointRef:
+    """The reference with its weights on this node's disk: hub weights are fetched, pinned."""
+    ref = task.spec.ref
+    assert ref is not None
+    if ref.source != "timm":
+        return ref
+    from pipeline import hub
+
+    return replace(ref, path=hub.download(hub.hub_file(ref)))
+
+
+def _record(
+    task: Task,
+    started: datetime,
+    seconds: float,
+    num_rows: int,
+    artifacts: dict[str, str],
+    self_test: dict[str, Any] | None,
+) -> UnitRecord:
+    spec = task.spec
+    return UnitRecord(
+        spec_key=spec.key, start=task.start, stop=task.stop, checkpoint=spec.checkpoint,
+        family=spec.family, metric=spec.metric, label=spec.label, kind=spec.kind, status="ok",
+        failure=None, generation=task.generation, attempt=task.attempt,
+        host=socket.gethostname(), device=_device_name(task.device), pid=os.getpid(),
+        threads=task.threads, batch_size=task.batch_size, started_at=_iso(started),
+        finished_at=_iso(datetime.now(UTC)), seconds=seconds,
+        predicted_seconds=task.predicted_seconds, peak_bytes=_peak_bytes(task.device),
+        num_rows=num_rows, versions=versions(), self_test=self_test, artifacts=artifacts,
+    )  # fmt: skip
+
+
+def _constants(task: Task) -> Constants:
+    """The columns that name the code behind every row."""
+    known = versions()
+    if task.spec.entry is None:
+        version = TrainSettings.version
+    else:
+        version = task.spec.entry.measurement.version
+    return Constants(
+        metric_version=version,
+        code_version=code_version(),
+        torch_version=known["torch"],
+        timm_version=known["timm"],
+    )
+
+
+def _failed(error: BaseException, kind: FailureClass, clock: float) -> Outcome:
+    failure = Failure(
+        class_=kind,
+        type=type(error).__name__,
+        message=str(error) or type(error).__name__,
+        hint=HINTS[kind],
+        traceback="".join(traceback.format_exception(error))[-8000:],
+    )
+    return Outcome("failed", time.perf_counter() - clock, failure, kind)
+
+
+HINTS: dict[FailureClass, str] = {
+    "permanent": "Mend the checkpoint or the data named above, then: flatcensus resume RUN",
+    "memory": "Lower resources.batch_size or give a slot more memory, then: flatcensus resume RUN",
+    "transient": "The network or hub failed repeatedly; when it answers: flatcensus resume RUN",
+    "store": "Free space or restore access to the run folder, then: flatcensus resume RUN",
+    "crash": "The process died without an exception (out of memory or a crash in native code); "
+    "see the system log, lower resources.batch_size, then: flatcensus resume RUN",
+    "hang": "No sign of life within resources.hang_seconds; raise it if the unit is only slow, "
+    "then: flatcensus resume RUN",
+    "unexpected": "An error without a known cause: please report it with this traceback",
+}
+
+
+def _compare(store: Store, key: str, rows: Sequence[Row]) -> str | None:
+    """Whether an earlier shard holds other numbers than the ones just computed."""
+    from pipeline.shards import decode_shard
+
+    table = decode_shard(store.get(key), key=key).table
+    theirs = table.column("value").to_numpy()
+    ours = np.array([row.value for row in rows])
+    if np.array_equal(theirs, ours, equal_nan=True):
+        return None
+    return f"{key}: an earlier attempt committed other numbers; they were kept"
+
+
+def _self_test(subject: Subject) -> dict[str, Any] | None:
+    """The self-test a measurement left on the subject, for the record."""
+    test = subject.cache.get("self_test")
+    return test.to_dict() if test is not None else None
+
+
+def _peak_bytes(device: str) -> int:
+    if device == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else f"cpu {platform.machine()}"
+
+
+def _iso(moment: datetime) -> str:
+    return moment.isoformat(timespec="milliseconds")

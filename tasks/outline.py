@@ -1,0 +1,88 @@
+"""What a checkpoint's architecture tells before its weights are there: sizes, classes, FLOPs.
+
+Networks are built on the meta device, so nothing is downloaded and no memory is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import timm.data
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tasks.checkpoint_folder import read_config
+from tasks.checkpoints import CheckpointRef
+from tasks.networks import NETWORKS, build_network
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A network's sizes.
+
+    Attributes:
+        data_config: The fields that ``tasks.datasets.preprocessing`` takes.
+        num_outputs: Number of logits.
+        num_parameters: Scalars in all parameters.
+        forward_flops: Floating-point operations of one image's forward (a product and a sum are 2).
+    """
+
+    data_config: dict[str, Any]
+    num_outputs: int
+    num_parameters: int
+    forward_flops: int
+
+
+def outline(ref: CheckpointRef) -> Outline:
+    """Outline a checkpoint from its architecture and configuration alone.
+
+    Raises:
+        CheckpointError: If the folder's configuration cannot be read.
+    """
+    if ref.identity not in _outlines:
+        config = {}
+        if ref.source == "local" and ref.path:
+            config = read_config(Path(ref.path))["pretrained_cfg"]
+        name = ref.name if ref.source == "timm" else ref.architecture
+        _outlines[ref.identity] = outline_architecture(name, ref.model_args, config)
+    return _outlines[ref.identity]
+
+
+_outlines: dict[str, Outline] = {}
+
+
+def outline_architecture(
+    architecture: str, model_args: Mapping[str, Any], pretrained_cfg: Mapping[str, Any]
+) -> Outline:
+    """Outline one of ``tasks.networks.NETWORKS`` or a timm architecture."""
+    with torch.device("meta"):
+        model = _build(architecture, model_args, pretrained_cfg).eval()
+        data_config = timm.data.resolve_model_data_config(model)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            logits = model(torch.empty(1, *data_config["input_size"]))
+    return Outline(
+        data_config=data_config,
+        num_outputs=int(logits.shape[1]),
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        forward_flops=counter.get_total_flops(),
+    )
+
+
+def _build(
+    architecture: str, model_args: Mapping[str, Any], pretrained_cfg: Mapping[str, Any]
+) -> nn.Module:
+    if architecture in NETWORKS:
+        model = build_network(architecture, model_args)
+        model.pretrained_cfg = dict(pretrained_cfg)
+        return model
+    arguments: dict[str, Any] = dict(model_args)
+    if pretrained_cfg:
+        fields = {k: v for k, v in pretrained_cfg.items() if k not in ("file", "url", "source")}
+        arguments |= {"pretrained_cfg": fields}
+        arguments.setdefault("num_classes", fields.get("num_classes"))
+    return timm.create_model(architecture, pretrained=False, **arguments)

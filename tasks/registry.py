@@ -1,0 +1,11 @@
+"""The measurements by name. A new measurement is one file and one line here."""
+
+from __future__ import annotations
+
+from tasks.adaptive_sharpness import AdaptiveSharpness
+from tasks.measurement import Measurement
+from tasks.sensitivity import NormalizedMls
+
+METRICS: dict[str, type[Measurement]] = {
+    measurement.metric: measurement for measurement in (NormalizedMls, AdaptiveSharpness)
+}
