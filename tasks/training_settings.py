@@ -22,7 +22,10 @@ NETWORK_DEFAULTS: dict[str, dict[str, Any]] = {
         "width": 48, "depth": 3, "heads": 3, "patch_size": 7, "mlp_ratio": 2.0, "dropout": 0.0,
     },
 }  # fmt: skip
-OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.0}, "adamw": {}}
+OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "sgd": {"learning_rate": 0.1, "momentum": 0.0},  # the paper's
+    "adamw": {"learning_rate": 1e-3},
+}
 
 
 class TrainSettings(Settings):
@@ -92,10 +95,8 @@ class TrainSettings(Settings):
 
     @pydantic.model_validator(mode="after")
     def _refuse_irrelevant(self) -> Self:
-        for owner, table in (
-            (self.network, NETWORK_DEFAULTS),
-            (self.optimizer, OPTIMIZER_DEFAULTS),
-        ):
+        owners = ((self.network, NETWORK_DEFAULTS), (self.optimizer, OPTIMIZER_DEFAULTS))
+        for owner, table in owners:
             for key in sorted({key for fields in table.values() for key in fields}):
                 if key not in table[owner] and getattr(self, key) is not None:
                     users = ", ".join(name for name, fields in table.items() if key in fields)
