@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -262,11 +262,12 @@ def _deterministic(seed: int, device: torch.device | str) -> Iterator[None]:
     Layers and dropout take no generator argument, so their draws come from the global one.
     """
     device = torch.device(device)
-    devices = [device] if device.type == "cuda" else []
+    cuda = device.type == "cuda"
     with (
-        torch.random.fork_rng(devices=devices),
+        torch.random.fork_rng(devices=[device] if cuda else []),
         torch.backends.cudnn.flags(deterministic=True, benchmark=False, allow_tf32=False),
-        sdpa_kernel(SDPBackend.MATH),  # the fused backward adds in an order of its own on CUDA
+        # On CUDA the fused backward adds in an order of its own; on the CPU it does not.
+        sdpa_kernel(SDPBackend.MATH) if cuda else nullcontext(),
     ):
         torch.manual_seed(generator(seed, "training").initial_seed())
         yield
