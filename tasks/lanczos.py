@@ -47,8 +47,8 @@ class Eigenvalues:
             lambda_1 - lower only under the unverified condition that theta_2 is above every other
             eigenvalue. NaN where the method does not know theta_2.
         num_iterations: (B,) int, products spent on each operator.
-        converged: (B,) bool. False also where the operator gave NaN or infinity; then ``lower``
-            and ``upper`` are NaN.
+        converged: (B,) bool. False also where the operator gave NaN or infinity, or numbers whose
+            squares do not fit float64; then ``lower`` and ``upper`` are NaN.
     """
 
     lower: np.ndarray
@@ -109,7 +109,7 @@ def lanczos(
             products = products - torch.einsum("bkn,bk->bn", previous, overlap)
             coefficients += overlap
         norms = products.norm(dim=1)
-        a[now, k] = coefficients[:, k].cpu().numpy()
+        a[now, k] = _in_range(coefficients[:, k])
         b[now, k] = norms.cpu().numpy()
         iterations[now] += 1
 
@@ -171,7 +171,7 @@ def power_iteration(
         now = rows[live]
         products = apply(vectors[rows])[live]
         quotient = (vectors[now] * products).sum(1)
-        lower[now] = quotient.cpu().numpy()
+        lower[now] = _in_range(quotient)
         residual[now] = (products - quotient[:, None] * vectors[now]).norm(dim=1).cpu().numpy()
         iterations[now] += 1
         finite = np.isfinite(lower[now]) & np.isfinite(residual[now])
@@ -207,11 +207,7 @@ def _finish(
         theta = np.maximum(values[:, -1], 0)
         lower[group] = theta
         residual[group] = b[group, k - 1] * np.abs(vectors[:, -1, -1])
-        unit = np.where(theta > 0, theta, 1)[:, None]
-        scaled = _upper_bound(
-            a[group, :k] / unit, b[group, :k] / unit, theta / unit[:, 0], log_threshold
-        )
-        upper[group] = scaled * unit[:, 0]
+        upper[group] = _upper_bound(a[group, :k], b[group, :k], theta, log_threshold)
         if k > 1:
             gap = values[:, -1] - values[:, -2]
             with np.errstate(divide="ignore", invalid="ignore"):
@@ -258,6 +254,12 @@ def _log_weight(a: np.ndarray, b: np.ndarray, t: np.ndarray) -> np.ndarray:
         log_p = log_p + np.log(ratio)
         total = np.logaddexp(total, 2 * log_p)
     return total
+
+
+def _in_range(quotients: torch.Tensor) -> np.ndarray:
+    """Rayleigh quotients (A,) as an array, NaN where their squares would over- or underflow."""
+    x = quotients.cpu().numpy()
+    return np.where((x == 0) | ((np.abs(x) > 1e-140) & (np.abs(x) < 1e140)), x, np.nan)
 
 
 def _ritz_values(a: np.ndarray, b: np.ndarray, k: int) -> np.ndarray:
