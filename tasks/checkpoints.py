@@ -22,6 +22,7 @@ from tasks.checkpoint_folder import read_config, save_checkpoint
 from tasks.measurement import Settings
 from tasks.networks import NETWORKS, build_network
 from tasks.weights import (
+    FETCH_HINT,
     SAFE_SUFFIX,
     CheckpointError,
     check_finite,
@@ -51,8 +52,8 @@ class CheckpointRef(Settings):
     Attributes:
         source: ``"timm"`` for a name in timm's list of pretrained models, ``"local"`` for a folder.
         name: timm's full name with its tag, or the folder's name.
-        identity: ``sha256:<config and weights>`` for a folder, ``hub:<repo>@<commit>`` with
-            ``/<sha256 of the weights>`` where the hub states it for timm.
+        identity: ``sha256:<config and weights>`` for a folder; for timm
+            ``hub:<repo>@<commit>/<file>``, with ``#<sha256 of the file>`` where the hub states it.
         family: timm module that defines the architecture, or ``family`` in the folder's config.
         tag: timm's pretrained tag, "" where there is none.
         architecture: timm architecture, or a key of ``tasks.networks.NETWORKS``.
@@ -120,7 +121,7 @@ def describe_timm(name: str, *, identity: str, path: Path | None = None) -> Chec
     Args:
         name: Architecture and pretrained tag, e.g. ``vit_base_patch16_224.augreg_in21k_ft_in1k``.
             Without a tag, timm's default tag is filled in.
-        identity: ``hub:<repo>@<commit>`` with ``/<sha256>`` where the hub states it.
+        identity: ``hub:<repo>@<commit>/<file>``, with ``#<sha256>`` where the hub states it.
         path: The downloaded safetensors file.
 
     Raises:
@@ -181,7 +182,7 @@ def load_checkpoint(
             not finite, or the network does not turn one image into one row of logits.
     """
     if ref.path is None:
-        raise CheckpointError(f"{ref.name}: no weights file given. Run: flatcensus fetch")
+        raise CheckpointError(f"{ref.name}: expected the path of a weights file, found none.")
     model = _load_timm(ref, Path(ref.path)) if ref.source == "timm" else _load_local(ref)
     check_finite(model, ref.path)
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -200,12 +201,11 @@ def load_checkpoint(
 def _load_timm(ref: CheckpointRef, path: Path) -> nn.Module:
     if path.suffix != SAFE_SUFFIX:
         raise CheckpointError(f"{path}: expected a {SAFE_SUFFIX} file for timm's {ref.name}")
-    match = re.fullmatch(r"hub:[^@]+@[^/]+/([0-9a-f]{64})", ref.identity)
+    match = re.fullmatch(r"hub:[^#]+#([0-9a-f]{64})", ref.identity)
     found = sha256(path)
     if match and found != match[1]:
         raise CheckpointError(
-            f"{path}: expected sha256 {match[1]} by the hub, found {found}. "
-            "Delete the file and run: flatcensus fetch"
+            f"{path}: expected sha256 {match[1]} by the hub, found {found}. {FETCH_HINT}"
         )
     return _timm_model(ref, path, {})
 

@@ -22,10 +22,11 @@ from tasks.idx import DatasetError, read_idx
 
 DATASETS = ("digits", "fashion-mnist", "image-folder")
 FASHION_MNIST_VARIABLE = "FLATCENSUS_FASHION_MNIST"
+FETCHED_FASHION_MNIST = Path.home() / ".cache/flatcensus/fashion-mnist"
 FASHION_MNIST_PLACES = (
     Path("/usr/share/datasets/fashion-mnist"),  # the Debian package
     Path("/usr/share/datasets/FashionMNIST/raw"),
-    Path.home() / ".cache/flatcensus/fashion-mnist",
+    FETCHED_FASHION_MNIST,
 )
 FASHION_MNIST_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
@@ -153,7 +154,8 @@ def _find(places: Sequence[Path], stem: str) -> Path:
     raise DatasetError(
         f"no {stem} or {stem}.gz in {', '.join(map(str, places))}. Install the Debian package "
         f"dataset-fashion-mnist, set root or ${FASHION_MNIST_VARIABLE} to the folder that holds "
-        "the four IDX files, or fetch them from the hub with: flatcensus fetch fashion-mnist"
+        "the four IDX files, or fetch them from the hub: python -c "
+        "'from pipeline.hub import fetch_fashion_mnist as f; f()'"
     )
 
 

@@ -22,7 +22,7 @@ from torch import nn
 SAFE_SUFFIX = ".safetensors"
 WEIGHTS_ONLY_SUFFIXES = (".bin", ".pt", ".pth")
 NUM_KEYS_SHOWN = 3
-FETCH_HINT = "Run: flatcensus fetch"
+FETCH_HINT = "Delete what is left of it and resume the run, which fetches it again."
 
 
 class CheckpointError(ValueError):

@@ -1,0 +1,234 @@
+"""Weights and data from the Hugging Face hub: pinned, cached, verified.
+
+A timm name is resolved once to a commit, a file and its SHA-256; after that everything works with
+the commit, so a cached file costs no request. Only safetensors files are taken. With
+HF_HUB_OFFLINE=1 names are resolved from the cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import timm
+from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub.file_download import repo_folder_name
+from PIL import Image
+
+from pipeline.errors import HubError
+from pipeline.patience import patiently
+from tasks.checkpoints import CheckpointError, CheckpointRef, describe_timm
+from tasks.idx import write_idx
+from tasks.images import FETCHED_FASHION_MNIST
+
+# In this order of preference; the second is where some CLIP repositories keep theirs.
+WEIGHTS_NAMES = ("model.safetensors", "open_clip_model.safetensors")
+FASHION_MNIST_REPO = "zalando-datasets/fashion_mnist"
+FASHION_MNIST_FILES = {
+    "train": "fashion_mnist/train-00000-of-00001.parquet",
+    "t10k": "fashion_mnist/test-00000-of-00001.parquet",
+}
+COMMIT = re.compile(r"[0-9a-f]{40}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+CORRUPT_TRIES = 3
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """One file of a repository at one commit.
+
+    ``sha256`` is what the hub states (for files in large-file storage, as weights are), ``size`` is
+    in bytes; each is None where it is not known.
+    """
+
+    repo_id: str
+    commit: str
+    filename: str
+    size: int | None
+    sha256: str | None
+    repo_type: str = "model"
+
+    @property
+    def identity(self) -> str:
+        """What a checkpoint reference carries: enough to fetch the file, and to know it again."""
+        digest = f"#{self.sha256}" if self.sha256 else ""
+        return f"hub:{self.repo_id}@{self.commit}/{self.filename}{digest}"
+
+
+def resolve(name: str, *, revision: str | None = None) -> HubFile:
+    """Find the weights of a pretrained timm model.
+
+    Args:
+        name: timm's name, with or without tag.
+        revision: Commit, branch or tag; None for the newest. A full commit whose weights are in
+            the cache is resolved without a request.
+
+    Raises:
+        HubError: If timm has no hub repository for the name, the hub cannot be asked, or the
+            repository has no safetensors file.
+    """
+    try:
+        config = timm.get_pretrained_cfg(describe_timm(name, identity="").name)
+    except CheckpointError as error:
+        raise HubError(str(error)) from error
+    if config is None or not config.hf_hub_id:
+        raise HubError(
+            f"{name}: timm {timm.__version__} lists no hub repository for it. "
+            "Download its weights by hand and audit them as a local checkpoint."
+        )
+    repo_id, _, pinned = config.hf_hub_id.partition("@")
+    named = config.hf_hub_filename or ""
+    filenames = (named,) if named.endswith(".safetensors") else WEIGHTS_NAMES
+    return _locate(repo_id, filenames, revision or pinned or None)
+
+
+def download(file: HubFile) -> Path:
+    """Fetch a file into the hub's cache, or find it there.
+
+    Returns:
+        Path in the cache, with the right SHA-256 if that is known.
+
+    Raises:
+        HubError: If the file cannot be had, or keeps arriving with wrong bytes.
+    """
+    what = f"{file.repo_id}/{file.filename} at {file.commit[:12]}"
+    for _ in range(CORRUPT_TRIES):
+        path = Path(
+            patiently(
+                lambda: hf_hub_download(
+                    file.repo_id, file.filename, revision=file.commit, repo_type=file.repo_type
+                ),
+                what=what,
+            )
+        )
+        found = _sha256(path) if file.sha256 else None
+        if found == file.sha256:
+            return path
+        path.resolve().unlink(missing_ok=True)  # the blob: a repeated download would reuse it
+        path.unlink(missing_ok=True)
+    raise HubError(
+        f"{what}: expected sha256 {file.sha256}, received other bytes {CORRUPT_TRIES} times. "
+        f"Something between here and {constants.ENDPOINT} changes the file; check proxies."
+    )
+
+
+def checkpoint_ref(name: str, file: HubFile) -> CheckpointRef:
+    """Reference of a pretrained timm model whose weights are this file; not downloaded yet."""
+    return describe_timm(name, identity=file.identity)
+
+
+def hub_file(ref: CheckpointRef) -> HubFile:
+    """The file that a reference of ``checkpoint_ref`` names."""
+    match = re.fullmatch(r"hub:([^@]+)@([^/]+)/([^#]+)(?:#([0-9a-f]{64}))?", ref.identity)
+    assert match, ref.identity
+    return HubFile(match[1], match[2], match[3], size=None, sha256=match[4])
+
+
+def fetch_fashion_mnist(directory: Path | None = None) -> Path:
+    """Fetch Fashion-MNIST and write it as the IDX files that ``tasks.images`` reads.
+
+    Args:
+        directory: Where to; None for the place where ``load_dataset`` looks by itself.
+
+    Returns:
+        The folder. If it holds all files already, nothing is requested.
+
+    Raises:
+        HubError: If the data cannot be had, or are not 28×28 grey images with labels.
+    """
+    directory = FETCHED_FASHION_MNIST if directory is None else Path(directory)
+    for prefix, filename in FASHION_MNIST_FILES.items():
+        images_path = directory / f"{prefix}-images-idx3-ubyte"
+        labels_path = directory / f"{prefix}-labels-idx1-ubyte"
+        if images_path.is_file() and labels_path.is_file():
+            continue
+        file = _locate(FASHION_MNIST_REPO, (filename,), None, repo_type="dataset")
+        images, labels = _read_parquet(download(file))
+        directory.mkdir(parents=True, exist_ok=True)
+        for path, values in ((images_path, images), (labels_path, labels)):
+            aside = path.with_name(f".{path.name}.{os.getpid()}")
+            write_idx(aside, values)
+            os.replace(aside, path)
+    return directory
+
+
+def _locate(
+    repo_id: str, filenames: tuple[str, ...], revision: str | None, *, repo_type: str = "model"
+) -> HubFile:
+    """Find the first of these files that the repository has, in the cache if that suffices."""
+    offline = constants.HF_HUB_OFFLINE
+    if offline or (revision and COMMIT.fullmatch(revision)):
+        cached = _cached(repo_id, filenames, revision, repo_type)
+        if cached is not None:
+            return cached
+    if offline:
+        raise HubError(
+            f"{repo_id} at {revision or 'any revision'}: not in the cache "
+            f"{constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set. Unset it, or fill the cache on "
+            "a machine with network."
+        )
+    what = f"{repo_id} at {revision}" if revision else repo_id
+    ask = HfApi().dataset_info if repo_type == "dataset" else HfApi().model_info
+    info = patiently(
+        lambda: ask(repo_id, revision=revision, files_metadata=True),
+        what=what,
+    )
+    siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
+    for filename in filenames:
+        if filename in siblings and info.sha:
+            found = siblings[filename]
+            sha256 = found.lfs.sha256 if found.lfs else None
+            return HubFile(repo_id, info.sha, filename, found.size, sha256, repo_type)
+    raise HubError(
+        f"{what}: expected one of {', '.join(filenames)}, found "
+        f"{', '.join(sorted(siblings)) or 'no files'}. Formats other than safetensors can execute "
+        "code and are not loaded; choose another tag, or convert the weights."
+    )
+
+
+def _cached(
+    repo_id: str, filenames: tuple[str, ...], revision: str | None, repo_type: str
+) -> HubFile | None:
+    """The file in the cache: at this revision, or at the only one cached where none is given."""
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type=repo_type)
+    reference = folder / "refs" / (revision or constants.DEFAULT_REVISION)
+    if reference.is_file():
+        commits = [reference.read_text().strip()]
+    else:
+        commits = [revision] if revision else [p.name for p in (folder / "snapshots").glob("*")]
+    for filename in filenames:
+        paths = [p for c in commits if (p := folder / "snapshots" / c / filename).is_file()]
+        if len(paths) > 1:
+            raise HubError(
+                f"{repo_id}: offline, and the cache holds {len(paths)} revisions "
+                f"({', '.join(sorted(commits))}). Set 'revision' to one of them."
+            )
+        if paths:
+            commit = paths[0].relative_to(folder / "snapshots").parts[0]
+            blob = paths[0].resolve()  # the cache names the blobs of large files by their sha256
+            sha256 = blob.name if SHA256.fullmatch(blob.name) else None
+            return HubFile(repo_id, commit, filename, blob.stat().st_size, sha256, repo_type)
+    return None
+
+
+def _read_parquet(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    table = pq.read_table(path, columns=["image", "label"])
+    images = [
+        np.asarray(Image.open(io.BytesIO(image["bytes"])))
+        for image in table.column("image").to_pylist()
+    ]
+    shapes = {(image.shape, image.dtype.name) for image in images}
+    if shapes != {((28, 28), "uint8")}:
+        raise HubError(f"{path}: expected grey images of 28×28, found {shapes}")
+    return np.stack(images), table.column("label").to_numpy().astype(np.uint8)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
