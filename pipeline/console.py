@@ -47,7 +47,7 @@ class Console:
     def table(self, frame: pd.DataFrame, *, title: str | None = None) -> None:
         """Print a table: aligned text, or JSON lines."""
         if self.as_json:
-            for record in json.loads(frame.to_json(orient="records")):
+            for record in json.loads(frame.to_json(orient="records") or "[]"):
                 sys.stdout.write(json.dumps(record) + "\n")
             return
         shown = Table(

@@ -7,6 +7,7 @@ retries are off, because they hide crashes and repeat out-of-memory without end.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -89,8 +90,9 @@ class RayExecutor:
 
     def __init__(self, resources: ResourceSpec, *, address: str | None = None) -> None:
         import ray
+        import ray.exceptions
 
-        self.ray = ray
+        self.ray: Any = ray
         self.owns_cluster = not ray.is_initialized()
         if self.owns_cluster:
             _connect(address)
@@ -101,7 +103,7 @@ class RayExecutor:
             "runtime_env": {"env_vars": _environment(resources)},
         }  # fmt: skip
         remote = ray.remote(_SlotActor)
-        self.actors = [
+        self.actors: list[Any] = [
             remote.options(**options).remote(resources.hang_seconds) for _ in range(count)
         ]
         self.running: dict[Any, tuple[int, Task]] = {}
@@ -178,7 +180,7 @@ class _SlotActor:
         return self.slot.run(task)
 
 
-def slots_that_fit(cluster: dict[str, float], resources: ResourceSpec, *, where: str) -> int:
+def slots_that_fit(cluster: Mapping[str, float], resources: ResourceSpec, *, where: str) -> int:
     """Slots for a cluster's total resources. Raises ResourceError if not even one fits."""
     cpus, gpus = cluster.get("CPU", 0.0), cluster.get("GPU", 0.0)
     if resources.num_gpus > gpus:

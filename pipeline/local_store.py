@@ -229,7 +229,7 @@ _REASONS = {
     errno.EACCES: "permission denied. Choose a run folder you own, or change its permissions",
     errno.EPERM: "operation not permitted (no hard links there?). Choose another file system",
     errno.EOPNOTSUPP: "the file system has no hard links. Choose another file system",
-    errno.ENOENT: "no such file. Check the name",
+    errno.ENOENT: "no such file or directory. Check the name",
     errno.ENOTDIR: "a part of the path is a file, not a directory. Choose another run folder",
     errno.EEXIST: "a part of the path is a file, not a directory. Choose another run folder",
     errno.EIO: "the disk reported an input/output error. Check the disk or the mount",

@@ -186,10 +186,17 @@ class _Parser:
             listed = "\n".join(f"{self.where}:{n}: {m}" for n, m in sorted(set(self.problems)))
             raise ManifestError(listed)
         return Manifest(
-            name=head.name, seed=head.seed, output=head.output, dtype=head.dtype, data=head.data,
+            name=head.name, seed=head.seed, output=head.output, dtype=head.dtype,
+            data=self.rooted(head.data),
             train=train, timm=timm, local=local, measurements=measurements,
             correlations=correlations, resources=head.resources, root=self.root, text=self.text,
         )  # fmt: skip
+
+    def rooted(self, data: DataSpec) -> DataSpec:
+        """The same images with their folder as an absolute path."""
+        if data.root is None:
+            return data
+        return data.model_copy(update={"root": str(self.root / Path(data.root).expanduser())})
 
     def problem(self, path: tuple[str | int, ...], message: str) -> None:
         self.problems.append((line_of(self.lines, path), message))
@@ -224,6 +231,10 @@ class _Parser:
                 empty = next(k for k, v in grid.items() if not v)
                 self.problem((*path, empty), f"{empty} is an empty list: the grid has no points")
                 continue
+            twice = next((k for k, v in grid.items() if len(set(map(repr, v))) < len(v)), None)
+            if twice is not None:
+                self.problem((*path, twice), f"{twice} lists a value twice: {grid[twice]!r}")
+                continue
             data = (
                 self.validate(DataSpec, special["data"], (*path, "data"))
                 if "data" in special
@@ -245,7 +256,9 @@ class _Parser:
                 seen[name] = index
                 if data is not None:
                     family = special.get("family", settings.network)
-                    yield TrainEntry(name=name, family=family, data=data, settings=settings)
+                    yield TrainEntry(
+                        name=name, family=family, data=self.rooted(data), settings=settings
+                    )
 
     def checkpoint_entries(
         self, tables: list[dict[str, Any]]
@@ -279,7 +292,9 @@ class _Parser:
         for name in names:
             if timm.is_model(name) and timm.models.get_pretrained_cfg(name) is not None:
                 continue
-            known = known or set(timm.list_models(pretrained=True))
+            known = known or {
+                n for m in timm.list_models(pretrained=True) for n in (m, m.split(".")[0])
+            }
             self.problem(
                 (*path, "names"),
                 f"timm {timm.__version__} has no pretrained model {name!r}."
@@ -347,6 +362,8 @@ class _Parser:
     def correlation_pairs(
         self, tables: list[dict[str, Any]], measurements: tuple[MeasurementEntry, ...]
     ) -> Iterator[CorrelationPair]:
+        if len(measurements) < len(self.document.get("measurements", [])):
+            return  # an invalid measurement is reported already; its series are not known
         series = {e.series(q) for e in measurements for q in e.measurement.quantities}
         series |= set(FINAL_QUANTITIES)
         for index, table in enumerate(tables):

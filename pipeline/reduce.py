@@ -195,7 +195,8 @@ def _failures(units: pd.DataFrame, plan: Plan) -> pd.DataFrame:
     """Failed ranges that nothing made up for, and checkpoints that could not be had."""
     columns = ["checkpoint", "family", "metric", "label", "start", "stop", "failure_class",
                "failure_type", "failure_message", "failure_hint", "failure_traceback"]  # fmt: skip
-    failed = units[(units["status"] == "failed") & ~units["superseded"].astype(bool)][columns]
+    is_open = (units["status"] == "failed") & ~units["superseded"].astype(bool)
+    failed: pd.DataFrame = units.loc[is_open, columns]
     absent = pd.DataFrame(
         [
             {

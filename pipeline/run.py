@@ -118,7 +118,7 @@ def _read_description(store: Store) -> dict[str, str]:
     try:
         description = json.loads(store.get(RUN))
         version = description["run_version"]
-        description["name"], description["root"]
+        known = {"name": str(description["name"]), "root": str(description["root"])}
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"{store.uri}/{RUN} is damaged ({error!r}). Launch the manifest again with "
@@ -129,4 +129,4 @@ def _read_description(store: Store) -> dict[str, str]:
             f"{store.uri} was written by another flatcensus (run version {version}, this one reads "
             f"{RUN_VERSION}). Use that version, or a new run folder"
         )
-    return description
+    return known

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import multiprocessing.process
 import os
 import threading
 import time
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pipeline.specs import Task
-    from pipeline.worker import Outcome
+    from pipeline.worker import FailureClass, Outcome
 
 HEARTBEAT_SECONDS = 1.0
 
@@ -70,10 +71,10 @@ class Slot:
             return self.pipe
         self._stop()
         ours, theirs = self.context.Pipe()
-        self.child = self.context.Process(target=_serve, args=(theirs,), daemon=True)
-        self.child.start()
+        child = self.context.Process(target=_serve, args=(theirs,), daemon=True)
+        child.start()
         theirs.close()
-        self.pipe, self.subject = ours, subject
+        self.child, self.pipe, self.subject = child, ours, subject
         return ours
 
     def _stop(self) -> int | None:
@@ -91,7 +92,7 @@ class Slot:
         return code
 
 
-def _died(kind: str, message: str, started: float) -> Outcome:
+def _died(kind: FailureClass, message: str, started: float) -> Outcome:
     from pipeline.schema import Failure
     from pipeline.worker import HINTS, Outcome
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import timm.data
 import torch
+from timm.data.config import resolve_model_data_config
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -62,7 +62,7 @@ def outline_architecture(
     """Outline one of ``tasks.networks.NETWORKS`` or a timm architecture."""
     with torch.device("meta"):
         model = _build(architecture, model_args, pretrained_cfg).eval()
-        data_config = timm.data.resolve_model_data_config(model)
+        data_config = resolve_model_data_config(model)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             logits = model(torch.empty(1, *data_config["input_size"]))
     return Outline(

@@ -188,8 +188,12 @@ def _by_dense(settings: NormalizedMls, subject: Subject, batch: Batch, defect: f
     values = []
     for images in batch.inputs.split(at_once):
         rows = dense_jacobian(subject.model, images, subject.output).flatten(2)
-        values.append(torch.linalg.eigvalsh(rows @ rows.mT)[:, -1].clamp(min=0).sqrt())
-    value = torch.cat(values).cpu().numpy()
+        grams = (rows @ rows.mT).cpu()
+        finite = torch.isfinite(grams).flatten(1).all(1)  # eigvalsh raises on anything else
+        largest = torch.full_like(grams[:, 0, 0], torch.nan)
+        largest[finite] = torch.linalg.eigvalsh(grams[finite])[:, -1]
+        values.append(largest.clamp(min=0).sqrt())
+    value = torch.cat(values).numpy()
     count = np.full(len(value), num_outputs)
     lower, upper = np.maximum(value * (1 - defect), 0), value * (1 + defect)
     cost = _MATH_FORWARD_COST + _ROW_COST * count

@@ -154,7 +154,7 @@ def _trained(build: Callable[[], nn.Module], epochs: int, seed: int) -> nn.Modul
     model = build().train()
     images, labels = digits()
     images, labels = images[:1500], labels[:1500]
-    targets = nn.functional.one_hot(labels, NUM_CLASSES).float()
+    targets = nn.functional.one_hot(labels, model(images[:1]).shape[1]).float()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.02)
     order = torch.Generator().manual_seed(seed)
     for _ in range(epochs):

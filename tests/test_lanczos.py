@@ -79,10 +79,10 @@ def test_upper_bounds_are_nearly_sharp():
 def test_no_violation_in_ten_thousand_starts_at_one_in_a_million():
     """With the stopping rule on, which picks the moment to stop by looking at the bound."""
     for seed, spectrum in enumerate(SPECTRA.values()):
-        found = run(spectrum, 2500, tolerance=1e-2, failure_probability=1e-6, seed=seed)
+        found = run(spectrum, 2500, tolerance=0.03, failure_probability=1e-6, seed=seed)
         assert found.converged.all()
         assert (found.upper >= 1 - 1e-12).all()
-        assert (np.sqrt(found.upper / found.lower) <= 1.01 * (1 + 1e-12)).all()
+        assert (np.sqrt(found.upper / found.lower) <= 1.03 * (1 + 1e-12)).all()
 
 
 def test_stopping_by_the_certificate_keeps_its_failure_probability():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import random
 from itertools import pairwise
@@ -164,6 +165,8 @@ def test_text_that_looks_like_the_digest_does_not_confuse_it():
     rows = [dataclasses.replace(row, layer=mark) for row in _rows(64)]
     data = encode_shard(rows, _unit(num_rows=64, label=mark), CONSTANTS)
     assert set(decode_shard(data, key=KEY).table["layer"].to_pylist()) == {mark}
+    digest = pq.ParquetFile(pa.BufferReader(data)).metadata.metadata[b"flatcensus.sha256"]
+    assert hashlib.sha256(data.replace(digest, b"0" * 64)).hexdigest().encode() == digest
 
 
 def test_no_single_bit_flip_passes():
