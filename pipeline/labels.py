@@ -9,6 +9,10 @@ import math
 from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
 
 class Definition(NamedTuple):
     """Title, formula in plain Unicode and unit of a quantity, by f(x) = outputs and input."""
@@ -45,12 +49,24 @@ def axis_label(series: str, transform: str) -> str:
 
 
 def number(value: float, digits: int = 4) -> str:
-    """A value with ``digits`` significant digits; ``–`` for NaN."""
+    """A value with ``digits`` significant digits, ``1.7×10⁻⁴`` if small or large; ``–`` for NaN."""
     if math.isnan(value):
         return "–"
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
-    return f"{value:.{digits}g}".replace("-", "−")
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    if value == 0 or -4 <= int(exponent) < 6:
+        text = np.format_float_positional(float(f"{value:.{digits}g}"), trim="-")
+    else:
+        mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
+        power = "10" + str(int(exponent)).translate(_SUPERSCRIPTS)
+        text = {"1": power, "-1": f"-{power}"}.get(mantissa, f"{mantissa}×{power}")
+    return text.replace("-", "−")
+
+
+def coefficient(value: float) -> str:
+    """A correlation coefficient with three decimals; ``–`` for NaN."""
+    return "–" if math.isnan(value) else f"{value:.3f}".replace("-", "−")
 
 
 def correlation_text(row: Mapping[Hashable, Any]) -> str:
