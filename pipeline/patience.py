@@ -9,6 +9,7 @@ never reaches the user, so a token cannot either.
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -25,7 +26,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import parse_ratelimit_headers
 
 from pipeline.errors import HubError
 
@@ -33,6 +33,8 @@ TRIES = 6
 FIRST_PAUSE_SECONDS = 1.0  # doubles; with jitter 6 tries take 15-31 s besides the calls
 LONGEST_PAUSE_SECONDS = 300.0  # the hub's rate-limit window is five minutes
 RETRIED_STATUS = frozenset((408, 429, 500, 502, 503, 504))
+# The hub's header, as in '"api";r=0;t=55': no request is left, and the window ends in 55 s.
+RATE_LIMIT = re.compile(r"\br=0\s*;\s*t=(\d+)")
 TOKEN_HINT = (
     "Accept its terms on the hub if it has any, then set HF_TOKEN to a token with read access."
 )
@@ -127,8 +129,8 @@ def _announced(headers: Mapping[str, str]) -> float | None:
     """Seconds that the server asks to wait: Retry-After in either form, or a rate-limit header."""
     value = headers.get("retry-after")
     if value is None:
-        limit = parse_ratelimit_headers(headers)
-        return float(limit.reset_in_seconds) if limit and not limit.remaining else None
+        limit = RATE_LIMIT.search(headers.get("ratelimit", ""))
+        return float(limit[1]) if limit else None
     if value.strip().isdigit():
         return float(value)
     try:
