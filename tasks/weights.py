@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -86,10 +85,11 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: refused, it holds more than weights, and loading that would execute code "
-            f"({str(error).splitlines()[0]}). Save the state_dict alone, or as safetensors."
+            f"{path}: refused. It is damaged or holds more than weights, and loading that could "
+            f"execute code ({str(error).splitlines()[0]}). Save the state_dict alone, as "
+            "safetensors."
         ) from error
-    except (RuntimeError, EOFError, zipfile.BadZipFile) as error:
+    except (RuntimeError, EOFError, OSError) as error:  # which one depends on where it was cut
         raise CheckpointError(
             f"{path}: not a complete torch file ({error}). Copy or save it again."
         ) from error
