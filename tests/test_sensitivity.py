@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tasks.measurement import STRIDE, Measurement, MeasurementError, Row, Status, Subject
+from tasks.block import Block
+from tasks.measurement import Measurement, MeasurementError, Row, Status, Subject
 from tasks.self_test import self_test
 from tasks.sensitivity import NormalizedMls
 
@@ -56,7 +57,7 @@ def subject(name: str, dtype: torch.dtype = torch.float32, **changes: object) ->
 
 
 def mls_rows(measurement: Measurement, of: Subject, indices: range = range(COUNT)) -> list[Row]:
-    return [row for row in measurement.measure(of, indices) if row.quantity == "mls"]
+    return [row for row in measurement.measure(of, Block(indices)) if row.quantity == "mls"]
 
 
 def values(rows: list[Row]) -> np.ndarray:
@@ -108,7 +109,7 @@ def test_closed_form_of_the_linear_example():
     for method in ("lanczos", "dense"):
         of = oracles.make_subject(model, x, output="identity")
         measurement = NormalizedMls(method=method)
-        rows = measurement.measure(of, range(2))
+        rows = measurement.measure(of, Block(range(2)))
         normalized, mls = measurement.summarize(oracles.columns(rows))
         assert mls.quantity == "mls"
         assert mls.value == pytest.approx(3, rel=1e-12)
@@ -120,7 +121,7 @@ def test_closed_form_of_the_linear_example():
 
 def test_normalized_rows_are_squares_of_mls_rows_times_the_squared_norm():
     of = subject("vit_trained")
-    rows = NormalizedMls().measure(of, range(COUNT))
+    rows = NormalizedMls().measure(of, Block(range(COUNT)))
     for normalized, mls in zip(rows[::2], rows[1::2], strict=True):
         assert (normalized.quantity, mls.quantity) == ("normalized_mls", "mls")
         assert normalized.sample == mls.sample
@@ -150,7 +151,9 @@ def test_scaling_laws(factor, stretch, seed):
 
     def pair(model: nn.Module, x: torch.Tensor) -> np.ndarray:
         of = oracles.make_subject(model, x, output="identity")
-        return np.array([row.value for row in NormalizedMls().measure(of, range(2))]).reshape(2, 2)
+        return np.array(
+            [row.value for row in NormalizedMls().measure(of, Block(range(2)))]
+        ).reshape(2, 2)
 
     before, after = pair(model, x), pair(scaled, stretch * x)
     # Starts are the same, so the iterations are too: only rounding differs.
@@ -165,9 +168,9 @@ def strip(rows: list[Row]) -> list[tuple[object, ...]]:
 @pytest.mark.parametrize("method", ["lanczos", "power", "dense", "authors"])
 def test_rows_are_bit_equal_when_a_range_is_cut_at_batches_and_taken_in_any_order(method):
     measurement = NormalizedMls(method=method)
-    whole = measurement.measure(subject("vit_trained", batch_size=2), range(COUNT))
+    whole = measurement.measure(subject("vit_trained", batch_size=2), Block(range(COUNT)))
     of = subject("vit_trained", batch_size=2)
-    parts = {r: measurement.measure(of, r) for r in (range(6, 8), range(0, 2), range(2, 6))}
+    parts = {r: measurement.measure(of, Block(r)) for r in (range(6, 8), range(0, 2), range(2, 6))}
     assert strip(whole) == strip(parts[range(0, 2)] + parts[range(2, 6)] + parts[range(6, 8)])
 
 
@@ -180,6 +183,12 @@ def test_rows_agree_to_rounding_when_a_range_is_cut_inside_a_batch_or_batches_ch
         assert [r.sample for r in other] == list(range(COUNT))
         # Rounding of float32 products; one step more or less moves the value by less than that.
         np.testing.assert_allclose(values(other), values(whole), rtol=1e-5)
+
+
+def test_batches_start_at_multiples_of_their_size_wherever_a_range_starts():
+    of = subject("vit_trained", batch_size=2)
+    whole = mls_rows(NormalizedMls(), of)
+    assert strip(mls_rows(NormalizedMls(), of, range(3, COUNT)))[1:] == strip(whole[4:])
 
 
 def test_unit_boundaries_do_not_cut_usual_batches():
@@ -240,7 +249,7 @@ def test_authors_method_is_their_recipe_image_by_image():
     from tasks.random import generator
 
     of = subject("mlp_trained", torch.float64, batch_size=4)
-    rows = NormalizedMls(method="authors").measure(of, range(COUNT))[::2]
+    rows = NormalizedMls(method="authors").measure(of, Block(range(COUNT)))[::2]
     for row, image in zip(rows, images().double(), strict=True):
         start = torch.randn(image.shape, generator=generator(0, "authors_mls", row.sample))
         expected = authors_loop(of.model, image[None], 0.1 * start.double()[None])
@@ -273,7 +282,7 @@ def test_an_image_with_infinite_sensitivity_is_kept_and_makes_the_estimate_nan(m
     x = torch.rand(4, 1, 2, 2, generator=torch.Generator().manual_seed(0)) + 0.1
     x[3, 0, 1, 1] = 0
     measurement = NormalizedMls(method=method, max_iterations=200)
-    rows = measurement.measure(oracles.make_subject(NotFinite(), x), range(4))
+    rows = measurement.measure(oracles.make_subject(NotFinite(), x), Block(range(4)))
     assert [row.status for row in rows] == [Status.OK] * 6 + [Status.NOT_FINITE] * 2
     for estimate in measurement.summarize(oracles.columns(rows)):
         assert estimate.num_samples == 4
@@ -291,7 +300,9 @@ def test_nan_logits_name_the_sample(method):
             return (t * t.abs()).flatten(1)[:, :4] - t.square().flatten(1)[:, :4]
 
     with pytest.raises(MeasurementError, match=r"samples \[5\]: NaN or infinite logits"):
-        NormalizedMls(method=method).measure(oracles.make_subject(Overflows(), x), range(COUNT))
+        NormalizedMls(method=method).measure(
+            oracles.make_subject(Overflows(), x), Block(range(COUNT))
+        )
 
 
 @pytest.mark.parametrize("method", ["lanczos", "power", "dense", "authors"])
@@ -310,7 +321,7 @@ def test_networks_and_data_sets_of_different_class_counts_are_refused():
         smaller = oracles.mlp(outputs=7)
     wrong = Subject(smaller, of.output, of.batch, of.seed, of.batch_size, of.num_parameters)
     with pytest.raises(MeasurementError, match=r"expected 10 outputs.*found 7"):
-        NormalizedMls().measure(wrong, range(2))
+        NormalizedMls().measure(wrong, Block(range(2)))
 
 
 def test_summary_is_the_student_interval_of_the_mean_in_any_order_of_rows():
@@ -351,8 +362,7 @@ def test_settings_are_checked_and_the_plan_is_one_range():
     for bad in ({"tolerance": 0.0}, {"failure_probability": 1.0}, {"max_iterations": 0}):
         with pytest.raises(pydantic.ValidationError):
             NormalizedMls(**bad)
-    assert NormalizedMls().stages(100, 1000) == [(range(100),)]
-    assert range(100).stop < STRIDE
+    assert NormalizedMls().stages(100, 1000) == [Block(range(100))]
     assert NormalizedMls().key_fields() == {
         "metric": "normalized_mls",
         "version": 1,
@@ -365,7 +375,10 @@ def test_settings_are_checked_and_the_plan_is_one_range():
 
 def test_predicted_cost_is_near_the_counted_cost():
     counted = np.mean(
-        [r.forward_equivalents for r in NormalizedMls().measure(subject("vit_trained"), range(8))]
+        [
+            r.forward_equivalents
+            for r in NormalizedMls().measure(subject("vit_trained"), Block(range(8)))
+        ]
     )
     predicted = NormalizedMls().forward_equivalents(10)
     assert predicted / 2 < 2 * counted < 2 * predicted  # every second row carries no cost
