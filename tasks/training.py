@@ -68,8 +68,13 @@ def train(
 
     Raises:
         MeasurementError: If the loss becomes NaN or infinite.
-        ValueError: If the network does not fit the images.
+        DatasetError: If the network does not fit the images, or the sets do not fit each other.
     """
+    if test_set.class_names != train_set.class_names:
+        raise DatasetError(
+            f"the test images have classes {test_set.class_names[:12]}, the training images "
+            f"{train_set.class_names[:12]}. Take two splits of one data set."
+        )
     architecture, model_args, data_config = network_for(settings, train_set)
     order = sample_order(train_set.identity(), seed=settings.seed, length=len(train_set))
     if settings.train_samples is not None and settings.train_samples > len(train_set):
@@ -86,7 +91,9 @@ def train(
             name: _evaluate(settings, model, data)
             for name, data in (("train", train_data), ("test", test_data))
         }
+    model.zero_grad(set_to_none=True)
     for name, (loss, accuracy) in final.items():
+        _check_converging(settings, loss, settings.steps)
         rows += [Row(f"{name}_loss", loss), Row(f"{name}_accuracy", accuracy)]
     gap = 100 * (final["train"][1] - final["test"][1])
     rows.append(Row("generalization_gap", gap))
@@ -99,10 +106,17 @@ def network_for(
     """Architecture, its arguments and data configuration that the settings mean for these images.
 
     Raises:
-        ValueError: If the network does not fit the images.
+        DatasetError: If the network does not fit the images.
     """
     data_config = _data_config(settings, train_set)
-    architecture, model_args = _architecture(settings, train_set, data_config)
+    try:
+        architecture, model_args = _architecture(settings, train_set, data_config)
+        with torch.device("meta"):  # no memory and no random number: only the sizes are tried
+            _build(architecture, model_args)
+    except ValueError as error:
+        raise DatasetError(
+            f"network {settings.network!r} on the images of {train_set.name}: {error}"
+        ) from error
     return architecture, model_args, data_config
 
 
@@ -126,19 +140,22 @@ def _optimize(
             group["lr"] = settings.learning_rate * _schedule(settings, step)
         indices = next(batches).to(inputs.device)
         loss = _loss(settings, model(inputs[indices]), targets[indices]).mean()
-        value = loss.item()
-        if not math.isfinite(value):
-            raise MeasurementError(
-                f"training diverged: the loss is {value} at step {step} of {settings.steps} with "
-                f"learning_rate = {settings.learning_rate}. Lower learning_rate, or raise "
-                "warmup_steps."
-            )
+        _check_converging(settings, loss.item(), step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         if progress is not None:
             progress(step + 1, settings.steps)
     return rows
+
+
+def _check_converging(settings: TrainSettings, loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise MeasurementError(
+            f"training diverged: the loss is {loss} at step {step} of {settings.steps} with "
+            f"learning_rate = {settings.learning_rate}. Lower learning_rate, or raise "
+            "warmup_steps."
+        )
 
 
 def _batches(settings: TrainSettings, num_samples: int) -> Iterator[torch.Tensor]:
