@@ -22,6 +22,7 @@ from pipeline.schema import Failure
 from pipeline.specs import Task
 from pipeline.store import Store
 from pipeline.worker import HINTS, FailureClass, Outcome, write_failure
+from tasks.block import Block
 
 MAX_LOST_SLOTS = 20  # losses of a slot or node that one unit survives: not its fault, so generous
 BACKOFF_SECONDS = (1.0, 5.0, 20.0)  # before the 2nd, 3rd, ... attempt of a transient failure
@@ -110,7 +111,7 @@ class _Round:
         self.delayed: list[tuple[float, Task]] = []
         self.subjects = [""] * executor.num_slots
         self.idle = set(range(executor.num_slots))
-        self.lost: Counter[tuple[str, int]] = Counter()
+        self.lost: Counter[tuple[str, Block]] = Counter()
 
     def run(self, units: list[Task]) -> None:
         for unit in units:
@@ -163,8 +164,8 @@ class _Round:
 
     def _lost(self, task: Task) -> str:
         self.result.lost += 1
-        self.lost[task.spec.key, task.start] += 1
-        if self.lost[task.spec.key, task.start] > MAX_LOST_SLOTS:
+        self.lost[task.spec.key, task.block] += 1
+        if self.lost[task.spec.key, task.block] > MAX_LOST_SLOTS:
             message = f"its slot or node was lost {MAX_LOST_SLOTS + 1} times"
             failure = Failure(
                 class_="crash", type="SlotLost", message=message, hint=HINTS["crash"], traceback=""
@@ -177,6 +178,17 @@ class _Round:
         if kind == "store":
             full = "No space left" in failure.message or "disk" in failure.message.lower()
             raise StoreError(failure.message, disk_full=full)
+        if (
+            kind == "crash"
+            and task.attempt == 2
+            and not task.bisected
+            and (halves := task.halves())
+        ):
+            for (
+                half
+            ) in halves:  # the sample that kills its process costs half a unit, then is named
+                self.queue.add(half)
+            return f"{failure.message} twice; again in two halves"
         if kind in ("permanent", "unexpected") or task.attempt >= self.max_attempts:
             return self._give_up(task, failure)
         self.result.retried += 1

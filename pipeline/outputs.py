@@ -41,10 +41,12 @@ def write_outputs(run: Run, plan: Plan, tables: Tables) -> list[Path]:
 def headline(tables: Tables) -> list[str]:
     """One sentence per pair: coefficients, intervals, counts."""
     everyone = tables.correlations[tables.correlations["group"] == "all"]
-    return [
-        f"{y} against {x}: {finding(rows.to_dict('records'))}"
-        for (x, y), rows in everyone.groupby(["x", "y"], sort=False)
-    ]
+    names: pd.DataFrame = everyone.loc[:, ["x", "y"]].drop_duplicates()
+    lines = []
+    for x, y in names.itertuples(index=False):
+        rows: pd.DataFrame = everyone.loc[(everyone["x"] == x) & (everyone["y"] == y)]
+        lines.append(f"{y} against {x}: {finding(rows.to_dict('records'))}")
+    return lines
 
 
 def _checks(plan: Plan, tables: Tables) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""The plan: wanted ranges minus ranges with a shard, cut into units, each with its reason.
+"""The plan: what is wanted minus what has a shard, cut into units, each with its reason.
 
 A plan is a pure function of the manifest and of the shards in the store. Sequential measurements
 grow stage by stage: when a stage's rows are complete, its rows decide whether the next is wanted.
@@ -12,24 +12,25 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pipeline import cost
-from pipeline.manifest import Manifest
-from pipeline.shards import ShardName, list_shards, missing
+from pipeline.coverage import missing_blocks, without
+from pipeline.manifest import Manifest, ResourceSpec
+from pipeline.shards import ShardName, list_shards
 from pipeline.specs import Resolved, Spec, Task, Unresolved, resolve
 from pipeline.store import Store
 from pipeline.tables import stage_columns
-from tasks.measurement import STRIDE, Columns, Ranges
+from tasks.block import Block
 
 State = Literal["done", "todo", "failed", "waiting"]
 
 
 @dataclass(frozen=True)
 class SpecPlan:
-    """One spec with its state: which ranges it wants now, which are to do, which failed."""
+    """One spec with its state: which block it wants now, what is to do, what failed."""
 
     spec: Spec
-    wanted: Ranges
-    todo: Ranges
-    failed: Ranges
+    wanted: Block
+    todo: tuple[Block, ...]
+    failed: tuple[Block, ...]
     stage: int
     reason: str
 
@@ -106,32 +107,21 @@ def final_stage(
     spec: Spec,
     names: Sequence[ShardName],
     store: Store,
-    decisions: dict[tuple[str, int], bool] | None = None,
-) -> tuple[int, Ranges, bool]:
-    """The stage a spec is in: its number, its ranges, and whether they are all committed.
-
-    The reducer and the planner agree through this one function: rows beyond the final stage (from
-    an earlier, larger budget) are never used.
-    """
-    decisions = {} if decisions is None else decisions
-    have = [range(name.start, name.stop) for name in names if name.generation is None]
+    decisions: dict[tuple[str, int], bool],
+) -> tuple[int, Block]:
+    """The stage a spec is in, and its block. Rows beyond it (of a larger budget) are not used."""
+    have = [name.block for name in names if name.generation is None]
     stages = spec.stages()
-    for number, ranges in enumerate(stages):
-        if missing(ranges, have):
-            return number, ranges, False
-        if number == len(stages) - 1:
-            break
+    for number, block in enumerate(stages[:-1]):
+        if missing_blocks(block, have):
+            return number, block
         if (spec.key, number) not in decisions:
-            rows = stage_columns(store, spec.key, ranges)
-            decisions[spec.key, number] = _finished(spec, rows)
+            assert spec.entry is not None
+            rows = stage_columns(store, spec.key, block)
+            decisions[spec.key, number] = spec.entry.measurement.finished(rows)
         if decisions[spec.key, number]:
-            return number, ranges, True
-    return len(stages) - 1, stages[-1], True
-
-
-def _finished(spec: Spec, rows: Columns) -> bool:
-    assert spec.entry is not None
-    return spec.entry.measurement.finished(rows)
+            return number, block
+    return len(stages) - 1, stages[-1]
 
 
 def _spec_plan(
@@ -141,19 +131,21 @@ def _spec_plan(
     retry_failed: bool,
     decisions: dict[tuple[str, int], bool],
 ) -> SpecPlan:
-    number, ranges, complete = final_stage(spec, names, store, decisions)
-    if complete:
-        reason = "complete" if number == 0 else f"complete after look {number + 1}"
-        return SpecPlan(spec, ranges, (), (), number, reason)
-    have = [range(name.start, name.stop) for name in names if name.generation is None]
-    failed_names = [range(n.start, n.stop) for n in names if n.generation is not None]
-    lacking = missing(ranges, have)
-    todo = tuple(lacking if retry_failed else missing(lacking, failed_names))
-    failed = tuple(missing(lacking, todo)) if todo != tuple(lacking) else ()
-    return SpecPlan(spec, ranges, todo, failed, number, _reason(number, have, failed, retry_failed))
+    stage, wanted = final_stage(spec, names, store, decisions)
+    have = [name.block for name in names if name.generation is None]
+    lacking = missing_blocks(wanted, have)
+    if not lacking:
+        return SpecPlan(spec, wanted, (), (), stage, "complete")
+    todo = lacking
+    if not retry_failed:
+        todo = without(lacking, [name.block for name in names if name.generation is not None])
+    failed = without(lacking, todo)
+    return SpecPlan(
+        spec, wanted, tuple(todo), tuple(failed), stage, _reason(stage, have, failed, retry_failed)
+    )
 
 
-def _reason(stage: int, have: list[range], failed: Ranges, retry_failed: bool) -> str:
+def _reason(stage: int, have: Sequence[Block], failed: Sequence[Block], retry_failed: bool) -> str:
     if failed:
         return "failed before; `flatcensus resume` tries again"
     if retry_failed and have:
@@ -171,35 +163,44 @@ def _units(
         return
     device: Literal["cpu", "cuda"] = "cuda" if resources.num_gpus > 0 else "cpu"
     per_index = cost.seconds_per_index(spec, device)
-    size = unit_size(spec, per_index, resources.unit_seconds, resources.batch_size)
+    size = unit_size(spec, per_index, resources)
     generation = 1 + max(
         (n.generation for n in present.get(spec.key, ()) if n.generation is not None), default=-1
     )
     for gap in item.todo:
-        for piece in split(gap, size):
+        for piece in split(gap, size, item.wanted):
             yield Task(
-                spec=spec, start=piece.start, stop=piece.stop, seed=manifest.seed,
-                store=str(store.uri), batch_size=resources.batch_size, threads=resources.num_cpus,
-                device=device, predicted_seconds=per_index * len(piece), generation=generation,
+                spec=spec, block=piece, seed=manifest.seed, store=store.uri,
+                batch_size=resources.batch_size, threads=resources.num_cpus, device=device,
+                predicted_seconds=per_index * len(piece), generation=generation,
             )  # fmt: skip
 
 
-def unit_size(spec: Spec, per_index: float, unit_seconds: float, batch_size: int) -> int:
-    """Indices per unit: about ``unit_seconds`` of work, whole batches and groups.
+def unit_size(spec: Spec, per_index: float, resources: ResourceSpec) -> int:
+    """Pairs of sample and draw per unit: about ``unit_seconds`` of work, whole batches and groups.
 
     Depends on the manifest and on nominal rates alone, never on what was measured, so that a
     resumed run cuts the same units.
     """
-    align = 1 if spec.entry is None else math.lcm(spec.entry.measurement.alignment, batch_size)
-    return max(align, int(unit_seconds / per_index) // align * align)
+    align = math.lcm(spec.alignment, resources.batch_size) if spec.entry else 1
+    return max(align, int(resources.unit_seconds / per_index) // align * align)
 
 
-def split(gap: range, size: int) -> Iterator[range]:
-    """Cut a range at multiples of ``size`` from the start of its draw, and at draw boundaries."""
-    start = gap.start
-    while start < gap.stop:
-        draw = start // STRIDE
-        base = draw * STRIDE
-        stop = min(gap.stop, base + STRIDE, base + ((start - base) // size + 1) * size)
+def split(gap: Block, size: int, wanted: Block) -> Iterator[Block]:
+    """Cut a gap at multiples of ``size`` samples, or of whole draws where several fit into a unit.
+
+    Cuts lie on a grid that depends on the wanted block alone, so gaps of any shape are cut alike.
+    """
+    num_samples = len(wanted.samples)
+    draws_at_once = max(1, size // num_samples)
+    for draws in _cut(gap.draws, draws_at_once):
+        for samples in _cut(gap.samples, min(size, num_samples)):
+            yield Block(samples, draws)
+
+
+def _cut(whole: range, size: int) -> Iterator[range]:
+    start = whole.start
+    while start < whole.stop:
+        stop = min(whole.stop, (start // size + 1) * size)
         yield range(start, stop)
         start = stop

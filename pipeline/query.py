@@ -16,9 +16,10 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
+from pipeline.coverage import missing_blocks
 from pipeline.errors import QueryError, did_you_mean
 from pipeline.schema import UNITS_SCHEMA, UnitRecord
-from pipeline.shards import Shard, missing
+from pipeline.shards import Shard
 
 VIEWS = {
     "measurements": "one line per measured number",
@@ -173,7 +174,7 @@ def _superseded(units: Sequence[UnitRecord]) -> list[bool]:
         others = (by_spec[unit.spec_key][i] for i in near)
         age = (unit.finished_at, unit.generation)
         later = (o for o in others if o.status == "ok" or (o.finished_at, o.generation) > age)
-        return not missing([unit.indices], (o.indices for o in later))
+        return not missing_blocks(unit.block, (o.block for o in later))
 
     return [unit.status == "failed" and is_made_up_for(unit) for unit in units]
 

@@ -61,8 +61,7 @@ def reduce_run(manifest: Manifest, plan: Plan, store: Store) -> Tables:
     frames, lines = [], []
     for item in plan.specs:
         found = shards[item.spec.key]
-        ranges = item.wanted if item.spec.kind == "measure" else None
-        frame = spec_frame(found, ranges)
+        frame = spec_frame(found, item.wanted if item.spec.kind == "measure" else None)
         if len(frame):
             frames.append(_measurement_rows(item.spec, frame))
         lines.extend(_summary_lines(item, frame, found))
@@ -118,9 +117,8 @@ def _summary_lines(
 ) -> list[dict[str, object]]:
     """One line per quantity: the estimate if every wanted index has a row, else the reason."""
     spec = item.spec
-    wanted = sum(len(r) for r in item.wanted)
     if item.todo or item.failed:
-        failed = any(item.failed)
+        failed = bool(item.failed)
         text = _failure_text(shards) if failed else Status.INCOMPLETE.sentence
         lacking = sum(len(r) for r in (*item.todo, *item.failed))
         return [
@@ -133,7 +131,6 @@ def _summary_lines(
         estimates = summarize_training(columns)
     else:
         estimates = spec.entry.measurement.summarize(columns)
-    assert wanted > 0
     return [_line(spec, e, status=str(e.status), text=e.status.sentence) for e in estimates]
 
 
@@ -193,8 +190,9 @@ def _failure_text(shards: list[Shard]) -> str:
 
 def _failures(units: pd.DataFrame, plan: Plan) -> pd.DataFrame:
     """Failed ranges that nothing made up for, and checkpoints that could not be had."""
-    columns = ["checkpoint", "family", "metric", "label", "start", "stop", "failure_class",
-               "failure_type", "failure_message", "failure_hint", "failure_traceback"]  # fmt: skip
+    columns = ["checkpoint", "family", "metric", "label", "start", "stop", "draw_start",
+               "draw_stop", "failure_class", "failure_type", "failure_message", "failure_hint",
+               "failure_traceback"]  # fmt: skip
     is_open = (units["status"] == "failed") & ~units["superseded"].astype(bool)
     failed: pd.DataFrame = units.loc[is_open, columns]
     absent = pd.DataFrame(

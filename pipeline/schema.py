@@ -12,6 +12,8 @@ from typing import Any, Literal
 import pyarrow as pa
 import pydantic
 
+from tasks.block import Block
+
 SCHEMA_VERSION = 1
 
 # Few different values per shard: stored as a dictionary and small integers.
@@ -91,7 +93,8 @@ class Failure(_Frozen):
 class UnitRecord(_Frozen):
     """Provenance of one unit: what was run, by whom, where, when, and how it ended.
 
-    ``start``/``stop`` are the unit's index range, ``generation`` counts its failure records,
+    ``start``/``stop`` bound the unit's samples, ``draw_start``/``draw_stop`` its weight draws,
+    ``generation`` counts its failure records,
     ``attempt`` its tries within one launch. Times are UTC in ISO 8601, ``peak_bytes`` is memory.
     ``artifacts`` maps keys of the run folder to SHA-256 digests. Nothing here determines a number.
     """
@@ -100,6 +103,8 @@ class UnitRecord(_Frozen):
     spec_key: str
     start: int = pydantic.Field(ge=0)
     stop: int
+    draw_start: int = pydantic.Field(default=0, ge=0)
+    draw_stop: int = 1
     checkpoint: str
     family: str | None = None
     metric: str
@@ -127,8 +132,9 @@ class UnitRecord(_Frozen):
 
     @pydantic.model_validator(mode="after")
     def _is_consistent(self) -> UnitRecord:
-        if self.stop <= self.start:
-            raise ValueError(f"stop must be above start, found {self.start}-{self.stop}")
+        for first, stop in ((self.start, self.stop), (self.draw_start, self.draw_stop)):
+            if stop <= first:
+                raise ValueError(f"stop must be above start, found {first}-{stop}")
         if (self.status == "failed") != (self.failure is not None):
             raise ValueError(f"status {self.status!r} does not fit failure={self.failure!r}")
         if self.status == "failed" and self.num_rows:
@@ -136,9 +142,9 @@ class UnitRecord(_Frozen):
         return self
 
     @property
-    def indices(self) -> range:
-        """The unit's index range."""
-        return range(self.start, self.stop)
+    def block(self) -> Block:
+        """The unit's samples and draws."""
+        return Block(range(self.start, self.stop), range(self.draw_start, self.draw_stop))
 
 
 # UnitRecord as a flat table: nested fields as JSON text, the failure's fields as columns.
@@ -152,8 +158,8 @@ UNITS_SCHEMA = pa.schema(
                 "versions self_test artifacts pinned"
             ),
             pa.int64(): (
-                "schema_version start stop generation attempt pid threads batch_size peak_bytes "
-                "num_rows"
+                "schema_version start stop draw_start draw_stop generation attempt pid threads "
+                "batch_size peak_bytes num_rows"
             ),
             pa.float64(): "seconds predicted_seconds",
             pa.bool_(): "superseded",

@@ -1,4 +1,4 @@
-"""Shards: the Parquet file of one unit, which proves its own integrity, and what shards cover.
+"""Shards: the Parquet file of one unit, which proves its own integrity.
 
 A shard carries its unit's record and a SHA-256 digest in its own key-value metadata. The digest is
 taken over the whole file with the digest's 64 characters set to '0', then written in place (Thrift
@@ -12,10 +12,9 @@ import hashlib
 import io
 import logging
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pydantic
@@ -23,6 +22,7 @@ import pydantic
 from pipeline.errors import ShardError
 from pipeline.schema import CONSTANT_FIELDS, MEASUREMENT_SCHEMA, SCHEMA_VERSION, UnitRecord
 from pipeline.store import MissingKeyError
+from tasks.block import Block
 
 if TYPE_CHECKING:  # tasks imports torch, which readers of shards do not need
     from pipeline.schema import Constants
@@ -53,18 +53,18 @@ class ShardName(NamedTuple):
     start: int
     stop: int
     generation: int | None = None
+    draw_start: int = 0
+    draw_stop: int = 1
 
     @property
-    def indices(self) -> range:
-        """The index range of the unit."""
-        return range(self.start, self.stop)
+    def block(self) -> Block:
+        """The samples and draws of the unit."""
+        return Block(range(self.start, self.stop), range(self.draw_start, self.draw_stop))
 
     @property
     def key(self) -> str:
         """The key in the run folder."""
-        if self.generation is None:
-            return shard_key(self.spec_key, self.start, self.stop)
-        return failure_key(self.spec_key, self.start, self.stop, self.generation)
+        return shard_key(self.spec_key, self.block, self.generation)
 
 
 class Quarantined(NamedTuple):
@@ -139,14 +139,18 @@ def decode_shard(data: bytes, *, key: str) -> Shard:
     return Shard(table, unit)
 
 
-def shard_key(spec_key: str, start: int, stop: int) -> str:
-    """Key of a unit's result."""
-    return f"shards/{spec_key}/{start}-{stop}.parquet"
+def shard_key(spec_key: str, block: Block, generation: int | None = None) -> str:
+    """Key of a unit's result, or of its failure record of that generation.
 
-
-def failure_key(spec_key: str, start: int, stop: int, generation: int) -> str:
-    """Key of a unit's failure record; each further failure has the next generation."""
-    return f"shards/{spec_key}/{start}-{stop}.failed-{generation}.parquet"
+    ``<first sample>-<stop>`` for units without weight draws, then ``x<first draw>-<stop>``.
+    """
+    samples, draws = block.samples, block.draws
+    name = f"{samples.start}-{samples.stop}"
+    if draws != range(1):
+        name += f"x{draws.start}-{draws.stop}"
+    if generation is not None:
+        name += f".failed-{generation}"
+    return f"shards/{spec_key}/{name}.parquet"
 
 
 def parse_key(key: str) -> ShardName | None:
@@ -154,14 +158,21 @@ def parse_key(key: str) -> ShardName | None:
     match = _KEY.fullmatch(key)
     if match is None:
         return None
-    spec_key, start, stop, generation = match.groups()
+    spec_key, start, stop, draw_start, draw_stop, generation = match.groups()
     name = ShardName(
-        spec_key, int(start), int(stop), None if generation is None else int(generation)
+        spec_key,
+        int(start),
+        int(stop),
+        None if generation is None else int(generation),
+        int(draw_start or 0),
+        int(draw_stop or 1),
     )
-    return name if name.key == key and name.start < name.stop else None
+    return name if name.key == key and len(name.block) > 0 else None
 
 
-_KEY = re.compile(r"shards/([^/]+)/([0-9]+)-([0-9]+)(?:\.failed-([0-9]+))?\.parquet")
+_KEY = re.compile(
+    r"shards/([^/]+)/([0-9]+)-([0-9]+)(?:x([0-9]+)-([0-9]+))?(?:\.failed-([0-9]+))?\.parquet"
+)
 
 
 def list_shards(
@@ -179,7 +190,7 @@ def list_shards(
         else:
             found.setdefault(name.spec_key, []).append(name)
     for names in found.values():
-        names.sort(key=lambda n: (n.start, n.stop, -1 if n.generation is None else n.generation))
+        names.sort(key=_order)
     return found
 
 
@@ -223,33 +234,9 @@ def quarantine(store: Store, name: ShardName) -> str:
     return target
 
 
-def missing(wanted: Iterable[range], have: Iterable[range]) -> list[range]:
-    """The wanted indices that ``have`` lacks, as the fewest ranges, in order.
-
-    Both may overlap and come in any order; all ranges have step 1. O(n log n), vectorised.
-    """
-    want, got = _bounds(wanted), _bounds(have)
-    if not want.size:
-        return []
-    # Each boundary changes by one how many ranges cover the points from there on.
-    points = np.concatenate([want.ravel(), got.ravel()])
-    order = np.argsort(points, kind="stable")
-    is_wanted = np.repeat([1, 0], [want.size, got.size])
-    change = np.tile([1, -1], len(want) + len(got))
-    wanted_depth = np.cumsum((is_wanted * change)[order])
-    have_depth = np.cumsum(((1 - is_wanted) * change)[order])
-    points = points[order]
-    # Of the boundaries at one point only the last one's depth counts.
-    last = np.append(points[1:] != points[:-1], True)
-    points, lacking = points[last], ((wanted_depth > 0) & (have_depth == 0))[last]
-    edges = points[np.flatnonzero(np.diff(lacking, prepend=False))].tolist()
-    return [range(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True)]
-
-
-def _bounds(ranges: Iterable[range]) -> np.ndarray:
-    """Starts and stops of the non-empty ranges, (n, 2)."""
-    pairs = [(r.start, r.stop) for r in ranges if r]
-    return np.array(pairs, dtype=np.int64).reshape(-1, 2)
+def _order(name: ShardName) -> tuple[int, ...]:
+    generation = -1 if name.generation is None else name.generation
+    return (name.draw_start, name.start, name.stop, name.draw_stop, generation)
 
 
 def _table(rows: Sequence[Row], unit: UnitRecord, columns: Constants) -> pa.Table:
@@ -270,7 +257,9 @@ def _table(rows: Sequence[Row], unit: UnitRecord, columns: Constants) -> pa.Tabl
 
 def _name(unit: UnitRecord) -> ShardName:
     generation = unit.generation if unit.status == "failed" else None
-    return ShardName(unit.spec_key, unit.start, unit.stop, generation)
+    return ShardName(
+        unit.spec_key, unit.start, unit.stop, generation, unit.draw_start, unit.draw_stop
+    )
 
 
 def _digest_place(data: bytes | bytearray) -> int | None:

@@ -16,16 +16,18 @@ from typing import Any, Literal
 
 from pipeline.errors import HubError, ManifestError
 from pipeline.manifest import DataSpec, Manifest, MeasurementEntry, TrainEntry
+from pipeline.shards import shard_key
 from pipeline.store import Store
+from tasks.block import Block
 from tasks.checkpoints import CheckpointError, CheckpointRef, describe_local
 from tasks.datasets import ImageDataset, load_dataset, transform_identity
-from tasks.measurement import STRIDE, Ranges
 from tasks.outline import Outline, outline, outline_architecture
 from tasks.training import network_for
 from tasks.training_results import FINAL_QUANTITIES
 
 KEY_VERSION = 1  # part of every key: bump when the meaning of the key's fields changes
 KEY_DIGITS = 24  # 96 bits
+TRAINING_BLOCK = Block(range(1))
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class TrainedRef:
 
 @dataclass(frozen=True)
 class Spec:
-    """One row of the plan: a key, its fields, and the index ranges it wants at most."""
+    """One row of the plan: a key, its fields, and how to measure."""
 
     key: str
     kind: Literal["train", "measure"]
@@ -57,11 +59,16 @@ class Spec:
     num_samples: int
     network: Outline
 
-    def stages(self) -> list[Ranges]:
-        """Growing sets of index ranges; a training has one unit."""
+    def stages(self) -> list[Block]:
+        """Growing blocks of samples and draws; a training is one unit."""
         if self.entry is None:
-            return [(range(0, 1),)]
+            return [TRAINING_BLOCK]
         return self.entry.measurement.stages(self.num_samples, self.available)
+
+    @property
+    def alignment(self) -> int:
+        """Unit boundaries are multiples of this many samples."""
+        return 1 if self.entry is None else self.entry.measurement.alignment
 
     @property
     def quantities(self) -> tuple[str, ...]:
@@ -82,11 +89,10 @@ class Spec:
 
 @dataclass(frozen=True)
 class Task:
-    """One unit as a worker gets it: a spec, a range, and the circumstances of this attempt."""
+    """One unit as a worker gets it: a spec, a block, and the circumstances of this attempt."""
 
     spec: Spec
-    start: int
-    stop: int
+    block: Block
     seed: int
     store: str
     batch_size: int
@@ -95,20 +101,31 @@ class Task:
     predicted_seconds: float
     attempt: int = 1
     generation: int = 0
+    bisected: bool = False
 
     @property
     def name(self) -> str:
         """How the unit is called in messages."""
-        draw, first = divmod(self.start, STRIDE)
-        last = first + self.stop - self.start
-        where = f"samples {first}-{last - 1}" + (f" of draw {draw}" if draw else "")
-        spec = self.spec
+        spec, samples, draws = self.spec, self.block.samples, self.block.draws
+        where = f"samples {samples.start}-{samples.stop - 1}"
+        if draws != range(1):
+            where += f" draws {draws.start}-{draws.stop - 1}"
         label = f"@{spec.label}" if spec.label else ""
         return f"{spec.checkpoint} {spec.metric}{label}" + (f" {where}" if spec.entry else "")
 
     def again(self, *, batch_size: int | None = None) -> Task:
         """The next attempt of the same unit."""
         return replace(self, attempt=self.attempt + 1, batch_size=batch_size or self.batch_size)
+
+    def halves(self) -> list[Task]:
+        """The unit cut in two, once, where its measurement allows it; else nothing."""
+        if self.bisected or self.spec.entry is None:
+            return []
+        return [
+            replace(self, block=half, attempt=1, bisected=True,
+                    predicted_seconds=self.predicted_seconds / 2)
+            for half in _halved(self.block, self.spec.alignment)
+        ]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -150,7 +167,7 @@ def resolve(manifest: Manifest, store: Store) -> Resolved:
     for entry in manifest.train:
         spec = _train_spec(entry, datasets)
         specs.append(spec)
-        if not store.exists(f"shards/{spec.key}/0-1.parquet"):
+        if not store.exists(shard_key(spec.key, TRAINING_BLOCK)):
             untrained.append(TrainedRef(entry, spec.key))
             continue
         directory = store.path(checkpoint_folder(spec.key))
@@ -176,6 +193,22 @@ def resolve(manifest: Manifest, store: Store) -> Resolved:
 def checkpoint_folder(key: str) -> str:
     """Store key of the folder where a training spec leaves its checkpoint."""
     return f"checkpoints/{key}"
+
+
+def _halved(block: Block, alignment: int) -> list[Block]:
+    """Two blocks of whole draws or whole aligned samples, or nothing if there is one of each."""
+    samples, draws = block.samples, block.draws
+    if len(draws) > 1:
+        middle = draws.start + len(draws) // 2
+        return [Block(samples, half) for half in _parted(draws, middle)]
+    middle = (samples.start + len(samples) // 2 + alignment - 1) // alignment * alignment
+    if not samples.start < middle < samples.stop:
+        return []
+    return [Block(half, draws) for half in _parted(samples, middle)]
+
+
+def _parted(whole: range, middle: int) -> tuple[range, range]:
+    return range(whole.start, middle), range(middle, whole.stop)
 
 
 class _Datasets:

@@ -1,7 +1,7 @@
-"""Rows of a spec as columns: verified, each index once, in order.
+"""Rows of a spec as columns: verified, each sample and draw once, in order.
 
-Shards may overlap (a late duplicate, another unit size); each index then belongs to the first
-shard that covers it, in the order of ranges, so that the same shards always give the same rows.
+Shards may overlap (a late duplicate, another unit size); each pair then belongs to the first
+shard that covers it, in the order of blocks, so that the same shards always give the same rows.
 """
 
 from __future__ import annotations
@@ -13,41 +13,38 @@ import pandas as pd
 
 from pipeline.shards import Shard, read_shards
 from pipeline.store import Store
-from tasks.measurement import STRIDE, Columns, Ranges
+from tasks.block import Block
+from tasks.measurement import Columns
 
 
-def spec_frame(shards: Sequence[Shard], ranges: Ranges | None) -> pd.DataFrame:
-    """The rows of one spec's successful shards within ``ranges`` (None: all), each index once."""
+def spec_frame(shards: Sequence[Shard], wanted: Block | None) -> pd.DataFrame:
+    """The rows of one spec's successful shards within a block (None: all), each pair once."""
     frames, covered = [], []
     good = [shard for shard in shards if shard.unit.status == "ok"]
-    for shard in sorted(good, key=lambda s: (s.unit.start, s.unit.stop)):
+    for shard in sorted(good, key=lambda s: (s.unit.draw_start, s.unit.start, s.unit.stop)):
         frame = shard.table.to_pandas()
-        if shard.unit.kind == "measure":
-            index = row_index(frame)
-            keep = np.ones(len(frame), dtype=bool)
-            for start, stop in covered:
-                keep &= ~((index >= start) & (index < stop))
-            if ranges is not None:
-                keep &= np.logical_or.reduce(
-                    [(index >= r.start) & (index < r.stop) for r in ranges]
-                )
-            frame, index = frame[keep], index[keep]
-            frame = frame.assign(_index=index)
-            covered = [c for c in covered if c[1] > shard.unit.start]
-            covered.append((shard.unit.start, shard.unit.stop))
-        else:
-            frame = frame.assign(_index=np.arange(len(frame)))
+        if wanted is not None:
+            keep = _inside(frame, wanted)
+            for block in covered:
+                if _overlap(block, shard.unit.block):
+                    keep &= ~_inside(frame, block)
+            frame = frame[keep]
+            covered.append(shard.unit.block)
         frames.append(frame)
     if not frames:
         return pd.DataFrame()
     joined = pd.concat(frames, ignore_index=True)
-    joined = joined.sort_values("_index", kind="stable").drop(columns="_index")
-    return joined.reset_index(drop=True)
+    if wanted is None:
+        return joined
+    by_place = joined.assign(_draw=joined["draw"].fillna(0)).sort_values(
+        ["_draw", "sample"], kind="stable"
+    )
+    return by_place.drop(columns="_draw").reset_index(drop=True)
 
 
-def stage_columns(store: Store, spec_key: str, ranges: Ranges) -> Columns:
-    """The rows of a spec within a stage's ranges, as measurements read them."""
-    return frame_columns(spec_frame(list(read_shards(store, [spec_key])), ranges))
+def stage_columns(store: Store, spec_key: str, block: Block) -> Columns:
+    """The rows of a spec within a stage's block, as measurements read them."""
+    return frame_columns(spec_frame(list(read_shards(store, [spec_key])), block))
 
 
 def frame_columns(frame: pd.DataFrame) -> Columns:
@@ -61,7 +58,17 @@ def frame_columns(frame: pd.DataFrame) -> Columns:
     return columns
 
 
-def row_index(frame: pd.DataFrame) -> np.ndarray:
-    """Index of each row in its spec's index space; rows without a draw belong to draw 0."""
-    draw = frame["draw"].fillna(0).to_numpy(dtype=np.int64)
-    return draw * STRIDE + frame["sample"].to_numpy(dtype=np.int64)
+def _inside(frame: pd.DataFrame, block: Block) -> np.ndarray:
+    """Which rows lie in a block; rows without a draw belong to draw 0."""
+    draw, sample = frame["draw"].fillna(0).to_numpy(), frame["sample"].to_numpy()
+    inside = (sample >= block.samples.start) & (sample < block.samples.stop)
+    return inside & (draw >= block.draws.start) & (draw < block.draws.stop)
+
+
+def _overlap(one: Block, other: Block) -> bool:
+    return (
+        one.samples.start < other.samples.stop
+        and other.samples.start < one.samples.stop
+        and one.draws.start < other.draws.stop
+        and other.draws.start < one.draws.stop
+    )

@@ -26,7 +26,7 @@ import torch
 
 from pipeline.errors import HubError, StoreError
 from pipeline.schema import Constants, Failure, UnitRecord
-from pipeline.shards import encode_shard, failure_key, shard_key
+from pipeline.shards import decode_shard, encode_shard, shard_key
 from pipeline.specs import Task, checkpoint_folder, open_dataset
 from pipeline.store import Store, open_store
 from pipeline.versions import code_version, versions
@@ -110,12 +110,11 @@ def run_unit(task: Task, bench: Workbench, progress: Progress | None = None) -> 
         else:
             assert task.spec.entry is not None
             subject = bench.subject_of(task)
-            indices = range(task.start, task.stop)
-            rows, artifacts = task.spec.entry.measurement.measure(subject, indices), {}
+            rows, artifacts = task.spec.entry.measurement.measure(subject, task.block), {}
             self_test = _self_test(subject)
         seconds = time.perf_counter() - clock
         record = _record(task, started, seconds, len(rows), artifacts, self_test)
-        key = shard_key(task.spec.key, task.start, task.stop)
+        key = shard_key(task.spec.key, task.block)
         if store.put_new(key, encode_shard(rows, record, _constants(task))):
             return Outcome("committed", seconds)
         return Outcome("duplicate", seconds, nondeterminism=_compare(store, key, rows))
@@ -137,7 +136,7 @@ def write_failure(store: Store, task: Task, failure: Failure) -> bool:
     record = _record(task, now, 0.0, 0, {}, None).model_copy(
         update={"status": "failed", "failure": failure}
     )
-    key = failure_key(task.spec.key, task.start, task.stop, task.generation)
+    key = shard_key(task.spec.key, task.block, task.generation)
     return store.put_new(key, encode_shard([], record, _constants(task)))
 
 
@@ -185,7 +184,7 @@ def _train(
             trained.model, Path(folder), architecture=trained.architecture,
             model_args=trained.model_args, data_config=trained.data_config, family=entry.family,
         )  # fmt: skip
-        committed = store.exists(shard_key(task.spec.key, task.start, task.stop))
+        committed = store.exists(shard_key(task.spec.key, task.block))
         for file in sorted(Path(folder).iterdir()):
             key, data = f"{checkpoint_folder(task.spec.key)}/{file.name}", file.read_bytes()
             artifacts[key] = hashlib.sha256(data).hexdigest()
@@ -213,9 +212,10 @@ def _record(
     artifacts: dict[str, str],
     self_test: dict[str, Any] | None,
 ) -> UnitRecord:
-    spec = task.spec
+    spec, samples, draws = task.spec, task.block.samples, task.block.draws
     return UnitRecord(
-        spec_key=spec.key, start=task.start, stop=task.stop, checkpoint=spec.checkpoint,
+        spec_key=spec.key, start=samples.start, stop=samples.stop,
+        draw_start=draws.start, draw_stop=draws.stop, checkpoint=spec.checkpoint,
         family=spec.family, metric=spec.metric, label=spec.label, kind=spec.kind, status="ok",
         failure=None, generation=task.generation, attempt=task.attempt,
         host=socket.gethostname(), device=_device_name(task.device), pid=os.getpid(),
@@ -267,8 +267,6 @@ HINTS: dict[FailureClass, str] = {
 
 def _compare(store: Store, key: str, rows: Sequence[Row]) -> str | None:
     """Whether an earlier shard holds other numbers than the ones just computed."""
-    from pipeline.shards import decode_shard
-
     table = decode_shard(store.get(key), key=key).table
     theirs = table.column("value").to_numpy()
     ours = np.array([row.value for row in rows])

@@ -33,18 +33,16 @@ import pydantic
 
 from tasks.anova import GroupedMean, Table, grouped_mean
 from tasks.authors_draws import AUTHORS, authors_draws
+from tasks.block import Block
 from tasks.measurement import (
     Batch,
     Columns,
     Estimate,
     Measurement,
     MeasurementError,
-    Ranges,
     Row,
     Status,
     Subject,
-    sample_ranges,
-    split_index,
 )
 from tasks.perturbation import PerturbableWeights, perturbable
 from tasks.random import generator
@@ -115,7 +113,7 @@ class AdaptiveSharpness(Measurement):
         """Groups stay whole, so that a group's images always share one batch."""
         return self.group_size
 
-    def stages(self, num_samples: int, available: int) -> list[Ranges]:
+    def stages(self, num_samples: int, available: int) -> list[Block]:
         """Double the samples up to ``max_samples``, then the draws up to ``max_draws``.
 
         Raises:
@@ -130,8 +128,8 @@ class AdaptiveSharpness(Measurement):
         most = min(most, available)
         samples = _doublings(min(num_samples, most), most)
         draws = _doublings(self.min_draws, self.max_draws)
-        stages = [sample_ranges(count, self.min_draws) for count in samples]
-        return stages + [sample_ranges(most, count) for count in draws[1:]]
+        stages = [Block(range(count), range(self.min_draws)) for count in samples]
+        return stages + [Block(range(most), range(count)) for count in draws[1:]]
 
     def finished(self, rows: Columns) -> bool:
         """Whether the target is reached, or further stages could not bring it nearer."""
@@ -152,57 +150,68 @@ class AdaptiveSharpness(Measurement):
             return mean.num_groups >= _MIN_GROUPS or not images_may_grow
         return mean.draws_share <= _SMALL_SHARE and not images_may_grow
 
-    def measure(self, subject: Subject, indices: range) -> list[Row]:
-        """Measure one draw on a range of samples.
+    def measure(self, subject: Subject, block: Block) -> list[Row]:
+        """Measure draws on samples, group by group.
 
         Returns:
-            A row for each image, with the loss changes (of the summed squared error) that the
-            value is made of, and in draw 0 a ``squared_error`` row for each image. A loss that
-            overflows under noise gives a row with value NaN and status ``NOT_FINITE``.
+            A row for each image and draw, with the loss changes (of the summed squared error) that
+            the value is made of, and with draw 0 a ``squared_error`` row for each image. A loss
+            that overflows under noise gives a row with value NaN and status ``NOT_FINITE``.
 
         Raises:
             MeasurementError: If the unperturbed network gives NaN or infinity for an image.
         """
-        draw, samples = split_index(indices)
         rows: list[Row] = []
         with perturbable(subject.model) as weights:
-            for group, members in _groups(samples, self.group_size):
-                started = time.perf_counter()
+            for group, members in _groups(block.samples, self.group_size):
                 batch = subject.batch(members)
                 base = _base_errors(subject, weights, batch)
-                weights.draw(
-                    generator(subject.seed, _NAME, group, draw, device=weights.noise.device)
-                )
-                weights.perturb(self.rho)
-                plus = minus = squared_errors(subject, batch) - base
-                if self.method == "antithetic":
-                    weights.perturb(-self.rho)
-                    minus = squared_errors(subject, batch) - base
-                seconds = (time.perf_counter() - started) / len(members)
-                values = (plus + minus) / (2 * self.rho**2)
-                finite = np.isfinite(values)
-                rows.extend(
-                    Row(
-                        quantity=_NAME,
-                        value=float(values[i]),
-                        sample=sample,
-                        draw=draw,
-                        group=group,
-                        loss_change_plus=float(plus[i]),
-                        loss_change_minus=float(minus[i]) if self._num_signs == 2 else None,
-                        status=Status.OK if finite[i] else Status.NOT_FINITE,
-                        num_probes=1,
-                        forward_equivalents=float(self._num_signs),
-                        seconds=seconds,
-                    )
-                    for i, sample in enumerate(members)
-                )
-                if draw == 0:
+                for draw in block.draws:
+                    rows += self._draw(subject, weights, batch, base, group=group, draw=draw)
+                if 0 in block.draws:
                     rows.extend(
                         Row(_ERROR_NAME, float(base[i]), sample=sample, forward_equivalents=1.0)
                         for i, sample in enumerate(members)
                     )
         return rows
+
+    def _draw(
+        self,
+        subject: Subject,
+        weights: PerturbableWeights,
+        batch: Batch,
+        base: np.ndarray,
+        *,
+        group: int,
+        draw: int,
+    ) -> list[Row]:
+        """The rows of one weight draw on one group of images."""
+        started = time.perf_counter()
+        weights.draw(generator(subject.seed, _NAME, group, draw, device=weights.noise.device))
+        weights.perturb(self.rho)
+        plus = minus = squared_errors(subject, batch) - base
+        if self.method == "antithetic":
+            weights.perturb(-self.rho)
+            minus = squared_errors(subject, batch) - base
+        seconds = (time.perf_counter() - started) / len(batch.samples)
+        values = (plus + minus) / (2 * self.rho**2)
+        finite = np.isfinite(values)
+        return [
+            Row(
+                quantity=_NAME,
+                value=float(values[i]),
+                sample=sample,
+                draw=draw,
+                group=group,
+                loss_change_plus=float(plus[i]),
+                loss_change_minus=float(minus[i]) if self._num_signs == 2 else None,
+                status=Status.OK if finite[i] else Status.NOT_FINITE,
+                num_probes=1,
+                forward_equivalents=float(self._num_signs),
+                seconds=seconds,
+            )
+            for i, sample in enumerate(batch.samples)
+        ]
 
     def summarize(self, rows: Columns) -> list[Estimate]:
         """Reduce to the mean over images and draws, and the mean squared error.

@@ -1,17 +1,17 @@
 """What a measurement is: settings, the rows it produces, and how rows become an estimate.
 
-A measurement is a frozen settings object with two pure methods: ``measure`` turns a range of
-indices of one checkpoint into rows, ``summarize`` turns rows into estimates. Everything between
-(who runs which range, where rows are stored) is the pipeline's business and cannot change a number.
+A measurement is a frozen settings object with two pure methods: ``measure`` turns a block of
+samples and draws of one checkpoint into rows, ``summarize`` turns rows into estimates. Everything
+between (who runs which block, where rows are stored) is the pipeline's business and cannot change
+a number.
 
-**Index.** Work is addressed by one integer per (draw, sample): ``index = draw * STRIDE + sample``,
-where ``sample`` is the position in the frozen, seeded order of the data set. Measurements without
-random weight draws only use draw 0. Rows depend on the index and the settings alone, so ranges may
-be cut, repeated, retried and reordered freely, and a larger ``samples`` only adds ranges.
+**Blocks.** Work is addressed by samples (positions in the frozen, seeded order of the data set) and
+weight draws. Rows depend on their sample, their draw and the settings alone, so blocks may be cut,
+repeated, retried and reordered freely, and larger ``samples`` only adds blocks.
 
-**Stages.** ``stages`` lists growing sets of ranges; after a stage is complete, ``finished`` looks
-at exactly that stage's rows and says whether they suffice. That makes sequential stopping a pure
-function of the stored rows: it never depends on scheduling, retries or resumes.
+**Stages.** ``stages`` lists growing blocks; when one is complete, ``finished`` looks at exactly its
+rows and says whether they suffice. That makes sequential stopping a pure function of the stored
+rows: it never depends on scheduling, retries or resumes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import numpy as np
 import pydantic
 import torch
 
-STRIDE = 1_000_000_000  # samples per draw in the index space: above any image data set
+from tasks.block import Block
 
 Output = Literal["sigmoid", "identity"]
 Columns = Mapping[str, np.ndarray]
@@ -166,9 +166,6 @@ class Subject:
     cache: dict[Any, Any] = field(default_factory=dict)
 
 
-Ranges = tuple[range, ...]
-
-
 class MeasurementError(RuntimeError):
     """The checkpoint cannot be measured, now or later: a named cause, never retried."""
 
@@ -188,16 +185,16 @@ class Measurement(Settings, ABC):
         return 1
 
     @abstractmethod
-    def stages(self, num_samples: int, available: int) -> list[Ranges]:
-        """Growing sets of index ranges, for the manifest's ``samples`` out of ``available``."""
+    def stages(self, num_samples: int, available: int) -> list[Block]:
+        """Growing blocks, for the manifest's ``samples`` out of ``available`` images."""
 
     @abstractmethod
     def finished(self, rows: Columns) -> bool:
         """Whether the rows of a complete stage suffice. Not asked after the last stage."""
 
     @abstractmethod
-    def measure(self, subject: Subject, indices: range) -> list[Row]:
-        """Measure a range of indices within one draw. Raises MeasurementError if impossible."""
+    def measure(self, subject: Subject, block: Block) -> list[Row]:
+        """Measure a block. Raises MeasurementError if the checkpoint cannot be measured."""
 
     @abstractmethod
     def summarize(self, rows: Columns) -> list[Estimate]:
@@ -205,21 +202,9 @@ class Measurement(Settings, ABC):
 
     @abstractmethod
     def forward_equivalents(self, num_outputs: int) -> float:
-        """Predicted cost of one index in no-grad forwards of one image, for the cost model."""
+        """Predicted cost of one sample and draw in no-grad forwards of one image."""
 
     def key_fields(self) -> dict[str, Any]:
         """The settings that determine rows, defaults filled in."""
         settings = self.model_dump(mode="json", exclude=set(self.coverage_fields))
         return {"metric": self.metric, "version": self.version, **settings}
-
-
-def sample_ranges(num_samples: int, draws: int = 1) -> Ranges:
-    """Index ranges of ``num_samples`` samples for each of ``draws`` draws."""
-    return tuple(range(d * STRIDE, d * STRIDE + num_samples) for d in range(draws))
-
-
-def split_index(indices: range) -> tuple[int, range]:
-    """Draw number and sample range of an index range, which must lie within one draw."""
-    draw, first = divmod(indices.start, STRIDE)
-    assert 0 < len(indices) <= STRIDE - first, indices
-    return draw, range(first, first + len(indices))

@@ -78,7 +78,7 @@ def _build(
 ) -> nn.Module:
     if architecture in NETWORKS:
         model = build_network(architecture, model_args)
-        model.pretrained_cfg = dict(pretrained_cfg)
+        model.pretrained_cfg = dict(pretrained_cfg)  # pyright: ignore[reportArgumentType]
         return model
     arguments: dict[str, Any] = dict(model_args)
     if pretrained_cfg:

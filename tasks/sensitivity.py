@@ -26,6 +26,7 @@ import pydantic
 import torch
 
 from tasks.adversarial import NUM_STEPS, adversarial_ratios
+from tasks.block import Block
 from tasks.jacobian import dense_jacobian, forward, jacobian_batch
 from tasks.lanczos import Apply, Eigenvalues, lanczos, power_iteration
 from tasks.measurement import (
@@ -34,12 +35,9 @@ from tasks.measurement import (
     Estimate,
     Measurement,
     MeasurementError,
-    Ranges,
     Row,
     Status,
     Subject,
-    sample_ranges,
-    split_index,
 )
 from tasks.random import generator
 from tasks.sample_mean import sample_mean
@@ -88,25 +86,24 @@ class NormalizedMls(Measurement):
         """
         return 32
 
-    def stages(self, num_samples: int, available: int) -> list[Ranges]:
+    def stages(self, num_samples: int, available: int) -> list[Block]:
         """One stage: every sample once, there are no weight draws."""
-        return [sample_ranges(num_samples)]
+        return [Block(range(num_samples))]
 
     def finished(self, rows: Columns) -> bool:
         """Always: there is one stage."""
         return True
 
-    def measure(self, subject: Subject, indices: range) -> list[Row]:
+    def measure(self, subject: Subject, block: Block) -> list[Row]:
         """Two rows per image; work and time are on the ``normalized_mls`` row of the pair.
 
         Raises:
             MeasurementError: If the network fails the self-test or gives NaN for an image.
         """
-        _, samples = split_index(indices)
         defect = _ALLOWANCE * self_test(subject).defect
         method = _METHODS[self.method]
         rows: list[Row] = []
-        for chunk in _aligned_batches(samples, subject.batch_size):
+        for chunk in _aligned_batches(block.samples, subject.batch_size):
             started = time.perf_counter()
             batch = subject.batch(chunk)
             result = method(self, subject, batch, defect)

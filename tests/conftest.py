@@ -1,4 +1,4 @@
-"""Shared set-up: one thread per process, so that results and timings do not depend on neighbours."""
+"""Shared set-up: one thread per process, so that results do not depend on the neighbours."""
 
 import os
 

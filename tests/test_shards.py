@@ -6,16 +6,14 @@ import dataclasses
 import hashlib
 import math
 import random
-from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from pipeline import schema, shards
+from pipeline.coverage import missing_blocks
 from pipeline.errors import ShardError
 from pipeline.schema import Constants, Failure, UnitRecord
 from pipeline.shards import (
@@ -23,15 +21,14 @@ from pipeline.shards import (
     ShardName,
     decode_shard,
     encode_shard,
-    failure_key,
     list_shards,
-    missing,
     parse_key,
     quarantine,
     read_shards,
     shard_key,
 )
 from pipeline.store import Store, open_store
+from tasks.block import Block
 from tasks.measurement import Row, Status
 
 SPEC = "0123456789abcdef"
@@ -91,7 +88,7 @@ def _shard(num_rows: int = 64, **changes: object) -> bytes:
     return encode_shard(_rows(num_rows), _unit(0, 64, num_rows=num_rows, **changes), CONSTANTS)
 
 
-KEY = shard_key(SPEC, 0, 64)
+KEY = shard_key(SPEC, Block(range(0, 64)))
 
 
 def test_row_columns_are_the_fields_of_a_row():
@@ -143,7 +140,7 @@ def test_parquet_readers_without_flatcensus_read_a_shard(tmp_path: Path):
 def test_failure_shard_has_no_rows_and_says_why():
     unit = _failed(generation=2)
     data = encode_shard([], unit, CONSTANTS)
-    table, read = decode_shard(data, key=failure_key(SPEC, 0, 64, 2))
+    table, read = decode_shard(data, key=shard_key(SPEC, Block(range(0, 64)), 2))
     assert table.num_rows == 0
     assert read.failure is not None
     assert (read.failure.class_, read.failure.hint) == ("oom", "smaller")
@@ -153,7 +150,9 @@ def test_failure_shard_has_no_rows_and_says_why():
 def test_failures_with_undecodable_text_are_recorded_anyway():
     failure = Failure(class_="load", type="OSError", message="no file '/data/\udcff.bin'")
     unit = _unit(status="failed", failure=failure)
-    read = decode_shard(encode_shard([], unit, CONSTANTS), key=failure_key(SPEC, 0, 64, 0)).unit
+    read = decode_shard(
+        encode_shard([], unit, CONSTANTS), key=shard_key(SPEC, Block(range(0, 64)), 0)
+    ).unit
     assert read.failure is not None
     assert read.failure.message == r"no file '/data/\udcff.bin'"
 
@@ -218,7 +217,11 @@ def test_another_schema_version_is_refused_and_says_what_to_do(
 
 
 def test_a_shard_under_another_name_is_refused():
-    for key in (shard_key(SPEC, 64, 128), shard_key("other", 0, 64), "quarantine/x.0"):
+    for key in (
+        shard_key(SPEC, Block(range(64, 128))),
+        shard_key("other", Block(range(0, 64))),
+        "quarantine/x.0",
+    ):
         with pytest.raises(ShardError, match=f"was written as {KEY}"):
             decode_shard(_shard(), key=key)
 
@@ -250,9 +253,14 @@ def test_inconsistent_records_are_refused(changes: dict[str, object]):
 
 
 def test_keys_and_names_are_inverse():
-    for name in (ShardName(SPEC, 0, 64), ShardName("a b'\"ü", 7_000_000_000, 7_000_000_009, 12)):
+    for name in (
+        ShardName(SPEC, 0, 64),
+        ShardName("a b'\"ü", 7_000_000_000, 7_000_000_009, 12),
+        ShardName(SPEC, 0, 64, None, 2, 8),
+        ShardName(SPEC, 0, 64, 0, 2, 8),
+    ):
         assert parse_key(name.key) == name
-    assert ShardName(SPEC, 3, 9).indices == range(3, 9)
+    assert ShardName(SPEC, 3, 9).block == Block(range(3, 9))
     for key in (
         "shards/a/0-1",
         "shards/a/1-1.parquet",
@@ -260,6 +268,8 @@ def test_keys_and_names_are_inverse():
         "shards/a/b/0-1.parquet",
         "quarantine/a/0-1.parquet",
         "shards/a/0-1.failed-.parquet",
+        "shards/a/0-1x0-1.parquet",
+        "shards/a/0-1x2-2.parquet",
         "shards/a/0-1.parquet.0",
         "shards/a/0-1.parquet\n",
         "shards/a/٠-١.parquet",
@@ -276,9 +286,9 @@ def _fill(store: Store) -> list[str]:
     keys = []
     for spec, start in (("b", 0), ("a", 64), ("a", 0)):
         unit = _unit(start, start + 64, spec_key=spec, num_rows=2)
-        keys.append(shard_key(spec, start, start + 64))
+        keys.append(shard_key(spec, Block(range(start, start + 64))))
         store.put_new(keys[-1], encode_shard(_rows(2), unit, CONSTANTS))
-    keys.append(failure_key("b", 64, 128, 0))
+    keys.append(shard_key("b", Block(range(64, 128)), 0))
     store.put_new(keys[-1], encode_shard([], _failed(64, 128, spec_key="b"), CONSTANTS))
     return sorted(keys)
 
@@ -286,7 +296,7 @@ def _fill(store: Store) -> list[str]:
 def test_shards_are_listed_without_reading_them(store: Store, caplog: pytest.LogCaptureFixture):
     for key in ("shards/a/100-200.parquet", "shards/a/20-100.parquet", "shards/b/0-1.parquet"):
         store.put(key, b"not read")
-    store.put(failure_key("a", 20, 100, 1), b"")
+    store.put(shard_key("a", Block(range(20, 100)), 1), b"")
     store.put("tables/summary.parquet", b"")
     expected = {
         "a": [ShardName("a", 20, 100), ShardName("a", 20, 100, 1), ShardName("a", 100, 200)],
@@ -311,19 +321,21 @@ def test_damaged_shards_are_set_aside_reported_and_pending_again(
     store: Store, caplog: pytest.LogCaptureFixture
 ):
     _fill(store)
-    good = store.get(shard_key("a", 0, 64))
+    good = store.get(shard_key("a", Block(range(0, 64))))
     for attempt in range(2):
-        store.put(shard_key("a", 0, 64), good[:-1])
+        store.put(shard_key("a", Block(range(0, 64))), good[:-1])
         report: list[Quarantined] = []
         read = list(read_shards(store, quarantined=report))
         assert [(s.unit.spec_key, s.unit.start) for s in read] == [("a", 64), ("b", 0), ("b", 64)]
         moved_to = f"quarantine/a/0-64.parquet.{attempt}"
-        assert [(q.key, q.moved_to) for q in report] == [(shard_key("a", 0, 64), moved_to)]
+        assert [(q.key, q.moved_to) for q in report] == [
+            (shard_key("a", Block(range(0, 64))), moved_to)
+        ]
         assert "truncated" in report[0].reason
         assert moved_to in caplog.text
         assert store.get(moved_to) == good[:-1]
         names = list_shards(store)["a"]
-        assert missing([range(0, 128)], [n.indices for n in names]) == [range(0, 64)]
+        assert missing_blocks(Block(range(128)), [n.block for n in names]) == [Block(range(64))]
 
 
 def test_damaged_shards_can_be_raised_instead(store: Store):
@@ -341,35 +353,3 @@ def test_a_shard_that_another_reader_set_aside_is_skipped(store: Store):
     next(reader)
     quarantine(store, ShardName("a", 64, 128))
     assert [(s.unit.spec_key, s.unit.start) for s in reader] == [("b", 0), ("b", 64)]
-
-
-RANGES = st.lists(
-    st.builds(lambda a, n: range(a, a + n), st.integers(0, 60), st.integers(0, 20)), max_size=12
-)
-
-
-@given(wanted=RANGES, have=RANGES)
-def test_missing_is_set_difference_in_the_fewest_ranges(wanted: list[range], have: list[range]):
-    expected = set().union(*wanted) - set().union(*have)
-    found = missing(wanted, have)
-    assert [i for r in found for i in r] == sorted(expected)
-    assert all(a.stop < b.start for a, b in pairwise(found))
-
-
-def test_missing_handles_indices_of_many_draws():
-    far = 7_000_000_000
-    assert missing([range(far, far + 10)], [range(far + 2, far + 5)]) == [
-        range(far, far + 2),
-        range(far + 5, far + 10),
-    ]
-    assert missing([], [range(3)]) == []
-
-
-def test_missing_is_exact_for_a_million_ranges():
-    size, num_ranges = 10, 1_000_000
-    have = [range(i * size, (i + 1) * size) for i in range(num_ranges)]
-    random.Random(2).shuffle(have)
-    dropped = [have.pop()]
-    wanted = [range(0, size * num_ranges)]
-    assert missing(wanted, have) == dropped
-    assert missing(have, wanted) == []
