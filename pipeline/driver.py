@@ -178,15 +178,9 @@ class _Round:
         if kind == "store":
             full = "No space left" in failure.message or "disk" in failure.message.lower()
             raise StoreError(failure.message, disk_full=full)
-        if (
-            kind == "crash"
-            and task.attempt == 2
-            and not task.bisected
-            and (halves := task.halves())
-        ):
-            for (
-                half
-            ) in halves:  # the sample that kills its process costs half a unit, then is named
+        halves = task.halves() if kind == "crash" and task.attempt == 2 else []
+        if halves:  # what kills its process shall cost half a unit, not all of it
+            for half in halves:
                 self.queue.add(half)
             return f"{failure.message} twice; again in two halves"
         if kind in ("permanent", "unexpected") or task.attempt >= self.max_attempts:

@@ -7,6 +7,7 @@ the nearest valid name. The schema is documented in manifests/README.md.
 from __future__ import annotations
 
 import itertools
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from tasks.training_results import FINAL_QUANTITIES
 from tasks.training_settings import TrainSettings
 
 Model = TypeVar("Model", bound=pydantic.BaseModel)
+_LABEL = re.compile(r"[A-Za-z0-9._-]+")
 
 
 class DataSpec(Settings):
@@ -332,11 +334,10 @@ class _Parser:
                 )
                 continue
             label = fields.pop("label", None)
-            if label is not None and not (
-                isinstance(label, str) and label.replace("-", "").replace("_", "").isalnum()
-            ):
+            if label is not None and not (isinstance(label, str) and _LABEL.fullmatch(label)):
                 self.problem(
-                    (*path, "label"), f"label must be letters, digits, - and _, found {label!r}"
+                    (*path, "label"),
+                    f"label must be letters, digits, '.', '_' and '-', found {label!r}",
                 )
                 continue
             measurement = self.validate(METRICS[metric], fields, path)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from tasks.anova import Table, grouped_mean, variance_components
 
@@ -38,8 +39,29 @@ def test_one_draw_and_single_images_give_the_textbook_standard_error():
     assert mean.value == pytest.approx(values.mean(), rel=1e-15)
     assert mean.stderr == pytest.approx(values.std(ddof=1) / 5**0.5, rel=1e-14)
     assert np.isnan(mean.stderr_draws)
-    half = 2.7764451051977987 * mean.stderr  # Student, 4 degrees of freedom
+
+
+def test_interval_of_symmetric_values_is_students():
+    index = np.arange(5)
+    mean = grouped_mean(Table(np.array([1.0, 2, 3, 4, 5]), index, np.zeros(5, dtype=int), index))
+    half = 2.7764451051977987 * mean.stderr  # 4 degrees of freedom
     assert (mean.ci_low, mean.ci_high) == pytest.approx((mean.value - half, mean.value + half))
+
+
+def test_interval_of_skewed_values_reaches_further_on_the_side_of_the_tail():
+    """Where Hall's transform of the end point is Student's quantile, by its forward formula."""
+    index = np.arange(30)
+    values = np.exp(np.linspace(-2, 3, 30))
+    for sign in (1, -1):
+        mean = grouped_mean(Table(sign * values, index, np.zeros(30, dtype=int), index))
+        student = 2.045229642132703  # 29 degrees of freedom
+        below, above = mean.value - mean.ci_low, mean.ci_high - mean.value
+        near, far = sorted((below, above))
+        assert far == (above if sign > 0 else below)
+        assert near == pytest.approx(student * mean.stderr, rel=1e-12)
+        g = scipy.stats.skew(values, bias=False) / 30**0.5
+        t = -far / mean.stderr
+        assert t + g * t**2 / 3 + g**2 * t**3 / 27 + g / 6 == pytest.approx(-student, rel=1e-9)
 
 
 def test_group_of_two_images_by_hand():
@@ -95,9 +117,7 @@ def test_both_standard_errors_match_the_spread_of_repeated_estimates():
     rng, shape = np.random.default_rng(3), layout(42, 4, 3)
     fixed = rng.normal(0, 1, 42)
     for effects, name in ((None, "stderr"), (fixed, "stderr_draws")):
-        means = [
-            grouped_mean(simulate(rng, shape, image_effects=effects)) for _ in range(4000)
-        ]
+        means = [grouped_mean(simulate(rng, shape, image_effects=effects)) for _ in range(4000)]
         spread = np.var([mean.value for mean in means], ddof=1)
         predicted = np.mean([getattr(mean, name) ** 2 for mean in means])
         assert predicted == pytest.approx(spread, rel=4 * (2 / 4000) ** 0.5), name

@@ -59,15 +59,16 @@ def test_heading_says_r_interval_n_and_missing(tmp_path, shown):
     assert "Spearman ρ = " in heading
 
 
-@pytest.mark.parametrize(
-    "name", ["a$b$c", "x^2_{y}", "<script>", "日本語", "_hidden", "a\nb\x07", '"']
-)
-def test_any_name_can_be_drawn(tmp_path, shown, name):
+def test_any_family_name_can_be_drawn(tmp_path, shown):
     # Warnings are errors: a glyph missing from the font would raise.
-    summary = census(12, families=[name, "other"], failed=0, outliers=1)
+    names = ["a$b$c", "x^2_{y}", "<script>", "日本語", "_hidden", "a\nb\x07", '"', "", "\\alpha$"]
+    summary = census(60, families=names, failed=0, outliers=1)
     svg, _ = draw(summary, tmp_path)
     ET.fromstring(svg.read_text())
-    assert any(drawable(name) in text and "(" in text for text in shown)
+    legend = [text.strip("\u2009") for text in shown]
+    for name in names:
+        start = drawable(name) or "no family"
+        assert any(text.startswith(f"{start} (") for text in legend)
 
 
 def test_names_of_points_are_not_read_as_mathematics(tmp_path, shown):
@@ -115,7 +116,7 @@ def test_sixteen_families_all_look_different():
     assert len({(s.color, s.marker) for s in styles.values()}) == 16
 
 
-@pytest.mark.parametrize("transform", ["identity", "sqrt", "log"])
+@pytest.mark.parametrize("transform", ["sqrt", "log"])
 def test_degenerate_summaries_are_drawn(tmp_path, transform):
     pair = CorrelationPair(x=X, y=Y, transform_x=transform, transform_y=transform)
     one = census(1, failed=0, outliers=0)
@@ -124,7 +125,7 @@ def test_degenerate_summaries_are_drawn(tmp_path, transform):
     zero = constant.assign(value=0.0)
     wild = census(12, failed=0).assign(stderr=1e12)
     unknown = census(12, failed=0).assign(stderr=np.nan)
-    for summary in (one, none, constant, zero, wild, unknown, one.iloc[:0]):
+    for summary in (one, none, constant, zero, wild, unknown):
         for path in draw(summary, tmp_path, pair=pair):
             assert path.stat().st_size > 1000
 

@@ -256,6 +256,17 @@ def test_nan_images_are_named_and_not_blamed_on_the_network():
         self_test(oracles.make_subject(oracles.mlp(), x))
 
 
+def test_nan_products_of_finite_logits_are_refused():
+    class RootOfSquare(nn.Module):
+        def forward(self, x):
+            return x.flatten(1).square().sqrt()  # finite at 0, where the gradient is 0 / 0
+
+    x = images().float()
+    x[0, 0, 0, 0] = 0
+    with pytest.raises(MeasurementError, match="'adjoint'.*found nan"):
+        self_test(oracles.make_subject(RootOfSquare(), x))
+
+
 def test_half_precision_is_refused():
     model = oracles.mlp().bfloat16()
     with pytest.raises(MeasurementError, match="expected float32 or float64"):

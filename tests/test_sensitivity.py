@@ -16,6 +16,7 @@ from torch import nn
 
 from tasks.block import Block
 from tasks.measurement import Measurement, MeasurementError, Row, Status, Subject
+from tasks.random import generator
 from tasks.self_test import self_test
 from tasks.sensitivity import NormalizedMls
 
@@ -230,6 +231,16 @@ def test_interval_is_widened_by_four_times_the_defect_on_both_sides():
         assert wide.upper - wide.lower <= 1e-3 * wide.value * (1 + 1e-9)
 
 
+def test_rounding_takes_its_share_of_the_tolerance():
+    """With 8e-4 of the width gone to the defect, the iteration must go on to 2e-4."""
+    of = subject("vit_trained_100_outputs", torch.float64)
+    result = self_test(of)
+    of.cache["self_test"] = type(result)(**(result.to_dict() | {"defect": 1e-4}))
+    for row in mls_rows(NormalizedMls(), of):
+        assert row.status is Status.OK
+        assert row.upper - row.lower <= 1e-3 * row.value * (1 + 1e-9)
+
+
 def authors_loop(model: nn.Module, x: torch.Tensor, delta: torch.Tensor) -> float:
     """Their recipe for one image, Adam written out (betas 0.9, 0.999, eps 1e-8)."""
     m, v = torch.zeros_like(delta), torch.zeros_like(delta)
@@ -246,8 +257,6 @@ def authors_loop(model: nn.Module, x: torch.Tensor, delta: torch.Tensor) -> floa
 
 
 def test_authors_method_is_their_recipe_image_by_image():
-    from tasks.random import generator
-
     of = subject("mlp_trained", torch.float64, batch_size=4)
     rows = NormalizedMls(method="authors").measure(of, Block(range(COUNT)))[::2]
     for row, image in zip(rows, images().double(), strict=True):
