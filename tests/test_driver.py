@@ -1,0 +1,207 @@
+"""The scheduler's decisions, with an executor whose slots fail on demand but really measure."""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from populations import Quiet, save_mlp, write_manifest
+
+from pipeline.driver import MAX_LOST_SLOTS, launch
+from pipeline.errors import StoreError
+from pipeline.executor import Finished
+from pipeline.plan import make_plan
+from pipeline.run import Run, start_run
+from pipeline.schema import Failure
+from pipeline.specs import Task
+from pipeline.worker import HINTS, Outcome, Workbench, run_unit
+
+BOTH = """
+[[measurements]]
+metric = "normalized_mls"
+[[measurements]]
+metric = "adaptive_sharpness"
+max_draws = 2
+"""
+
+
+class Scripted:
+    """Slots that ask a script first: it gives an outcome, 'lost', or None to really run."""
+
+    def __init__(self, script: Callable[[Task], object], slots: int = 2) -> None:
+        self.script, self.slots, self.bench = script, slots, Workbench()
+        self.pending: list[tuple[int, Task]] = []
+        self.attempts: list[Task] = []
+        self.most_at_once = 0
+
+    @property
+    def num_slots(self) -> int:
+        return self.slots
+
+    def start(self, slot: int, task: Task) -> None:
+        assert slot not in [s for s, _ in self.pending], "a busy slot got a second unit"
+        self.pending.append((slot, task))
+        self.most_at_once = max(self.most_at_once, len(self.pending))
+
+    def wait(self, timeout: float) -> list[Finished]:
+        if not self.pending:
+            return []
+        slot, task = self.pending.pop(0)
+        self.attempts.append(task)
+        answer = self.script(task)
+        if answer == "lost":
+            return [Finished(slot, task, None)]
+        return [Finished(slot, task, answer or run_unit(task, self.bench))]
+
+    def close(self, *, now: bool = False) -> None:
+        self.pending.clear()
+
+
+def failed(kind, message: str = "it broke") -> Outcome:
+    failure = Failure(class_=kind, type="Broken", message=message, hint=HINTS[kind])
+    return Outcome("failed", 0.1, failure, kind)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return two_networks(tmp_path, unit_seconds=0.001)
+
+
+def two_networks(folder: Path, *, unit_seconds: float) -> Run:
+    for seed in range(2):
+        save_mlp(folder / f"checkpoints/mlp{seed}", seed=seed)
+    manifest = write_manifest(
+        folder / "m.toml", samples=64, measurements=BOTH,
+        resources=f"unit_seconds = {unit_seconds}\nbatch_size = 16",
+    )  # fmt: skip
+    return start_run(manifest, str(folder / "run"))
+
+
+def go(run: Run, script: Callable[[Task], object], **options):
+    executor, observer = Scripted(script), Quiet()
+    result = launch(run.manifest, run.store, lambda: executor, observer, **options)
+    return result, executor, observer
+
+
+def test_every_unit_is_done_once_and_slots_keep_their_checkpoint(run: Run):
+    result, executor, _ = go(run, lambda task: None)
+    units = Counter((t.spec.key, t.block) for t in executor.attempts)
+    assert set(units.values()) == {1}
+    # Per network: sensitivity in 2 units of 32 images, sharpness in 4 of 16 for each of 2 draws.
+    assert result.committed == len(units) == 2 * (2 + 4 * 2)
+    assert result.failed == result.retried == 0
+    assert executor.most_at_once == 2
+    assert not make_plan(run.manifest, run.store).units
+    # Two networks on two slots: each slot serves one of them until its units run out.
+    by_slot = [[t.spec.subject for t in executor.attempts[i::2]] for i in range(2)]
+    assert all(len(set(subjects)) == 1 for subjects in by_slot)
+
+
+def test_a_second_launch_does_nothing_and_opens_no_executor(run: Run):
+    go(run, lambda task: None)
+
+    def refuse():
+        raise AssertionError("no executor is needed")
+
+    result = launch(run.manifest, run.store, refuse, Quiet())
+    assert (result.committed, result.failed) == (0, 0)
+
+
+def test_lost_slots_cost_the_unit_no_attempt_until_the_limit(run: Run):
+    lost: Counter[object] = Counter()
+
+    def script(task: Task):
+        lost[task.block, task.spec.key] += 1
+        return "lost" if lost[task.block, task.spec.key] <= MAX_LOST_SLOTS else None
+
+    result, _, observer = go(run, script)
+    assert result.failed == 0
+    assert result.lost == MAX_LOST_SLOTS * result.committed
+    assert all("requeued" in note for note in observer.notes)
+
+
+def test_units_whose_slots_are_always_lost_become_failure_rows(run: Run):
+    result, _, _ = go(run, lambda task: "lost")
+    assert result.committed == 0
+    plan = make_plan(run.manifest, run.store)
+    assert not plan.units
+    assert {s.state for s in plan.specs} == {"failed"}
+
+
+def test_memory_failures_halve_the_batch_then_fail_with_the_setting_to_change(run: Run):
+    def script(task: Task):
+        return failed("memory") if task.batch_size > 4 else None
+
+    result, executor, observer = go(run, script)
+    assert result.failed == 0
+    assert {t.batch_size for t in executor.attempts} == {16, 8, 4}
+    assert any("again with batch size 8" in note for note in observer.notes)
+
+
+def test_permanent_failures_are_not_retried_and_have_a_row(run: Run):
+    result, executor, _ = go(run, lambda task: failed("permanent", "NaN logits"))
+    assert result.failed == len(executor.attempts)
+    _, tables = run.reduce()
+    assert set(tables.failures["failure_message"]) == {"NaN logits"}
+    assert set(tables.summary["status"]) == {"failed"}
+    assert tables.summary["value"].isna().all()
+    assert tables.summary["status_text"].str.contains("NaN logits").all()
+
+
+def test_failed_units_stay_failed_until_somebody_asks_to_try_again(run: Run):
+    first, _, _ = go(run, lambda task: failed("permanent"))
+    again, _, _ = go(run, lambda task: None)
+    assert (again.committed, again.failed) == (0, 0)
+    retried, _, _ = go(run, lambda task: None, retry_failed=True)
+    assert retried.committed == first.failed
+    _, tables = run.reduce()
+    assert set(tables.summary["status"]) <= {"ok", "target_not_reached", "limited_by_samples"}
+    assert len(tables.failures) == 0
+
+
+def test_a_unit_that_fails_again_gets_a_second_failure_record(run: Run):
+    go(run, lambda task: failed("permanent", "first"))
+    go(run, lambda task: failed("permanent", "second"), retry_failed=True)
+    _, tables = run.reduce()
+    assert set(tables.failures["failure_message"]) == {"second"}
+
+
+def test_a_unit_that_kills_its_process_twice_is_cut_in_two_and_the_culprit_is_named(tmp_path):
+    run = two_networks(tmp_path, unit_seconds=100.0)
+
+    def script(task: Task):
+        poison = task.spec.metric == "normalized_mls" and task.spec.checkpoint == "mlp0"
+        return failed("crash", "signal 11") if poison and 40 in task.block.samples else None
+
+    result, executor, observer = go(run, script)
+    assert {t.block.samples for t in executor.attempts if t.bisected} == {range(32), range(32, 64)}
+    assert sum("in two halves" in note for note in observer.notes) == 1
+    assert result.failed == 1
+    _, tables = run.reduce()
+    (row,) = tables.failures.to_dict("records")
+    assert (row["start"], row["stop"]) == (32, 64)
+
+
+def test_transient_failures_wait_and_are_tried_again(run: Run, monkeypatch):
+    monkeypatch.setattr("pipeline.driver.BACKOFF_SECONDS", (0.01, 0.01))
+    result, executor, observer = go(
+        run, lambda task: failed("transient") if task.attempt == 1 else None
+    )
+    assert result.failed == 0
+    assert result.retried == result.committed
+    assert {t.attempt for t in executor.attempts} == {1, 2}
+    assert "again in 0.01 s" in observer.notes[0]
+
+
+def test_hangs_are_tried_max_attempts_times(run: Run):
+    result, executor, _ = go(run, lambda task: failed("hang"))
+    attempts = Counter((t.spec.key, t.block) for t in executor.attempts)
+    assert set(attempts.values()) == {run.manifest.resources.max_attempts}
+    assert result.committed == 0
+
+
+def test_a_store_that_cannot_be_written_stops_the_launch_with_exit_code_4(run: Run):
+    with pytest.raises(StoreError) as caught:
+        go(run, lambda task: failed("store", "No space left on device"))
+    assert caught.value.disk_full
+    assert caught.value.exit_code == 4
