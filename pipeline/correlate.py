@@ -118,6 +118,7 @@ def paired_points(summary: pd.DataFrame, pair: CorrelationPair) -> pd.DataFrame:
             "one row per checkpoint and series. Give the measurements different labels."
         )
     points = rows.drop_duplicates("checkpoint").set_index("checkpoint")[["family"]].sort_index()
+    points["family"] = points["family"].fillna("")
     for axis, series in (("x", pair.x), ("y", pair.y)):
         found = rows[rows["series"] == series].set_index("checkpoint")
         points[axis] = found["value"].astype("float64")

@@ -67,7 +67,7 @@ def write_report(
     Returns:
         The HTML text.
     """
-    records = summary.to_dict("records")
+    records = summary.assign(family=summary["family"].fillna("")).to_dict("records")
     lacking = [row for row in records if not math.isfinite(row["value"])]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -189,15 +189,21 @@ def _unit_groups(units: _Records) -> list[dict[str, Any]]:
 
 
 def _float(value: Any) -> float:
-    return float("nan") if value is None or value is pd.NA else float(value)
+    return float("nan") if _is_absent(value) else float(value)
 
 
 def _texts(row: Mapping[Hashable, Any]) -> dict[str, str]:
     """A failure as text fields; absent ones are empty."""
-    names = ("checkpoint", "metric", "label", "start", "stop", "failure_class", "failure_type",
+    names = ("checkpoint", "metric", "label", "failure_class", "failure_type",
              "failure_message", "failure_hint", "failure_traceback")  # fmt: skip
-    return {name: "" if row.get(name) is None or row[name] != row[name] else str(row[name])
-            for name in names}  # fmt: skip
+    texts = {name: "" if _is_absent(row.get(name)) else str(row[name]) for name in names}
+    # A column with gaps holds whole numbers as floats.
+    ends = [f"{int(row[end]):,}" for end in ("start", "stop") if not _is_absent(row.get(end))]
+    return texts | {"range": "–".join(ends)}
+
+
+def _is_absent(value: Any) -> bool:
+    return value is None or value is pd.NA or value != value
 
 
 def _plain(value: Any) -> str:

@@ -144,7 +144,10 @@ def test_missing_values_show_their_reason_and_failures_their_next_step():
         "failure_type": "OutOfMemory", "failure_message": "needs 9 GB",
         "failure_hint": "flatcensus resume runs/a", "failure_traceback": None,
     }  # fmt: skip
-    page = Page(report(census(10, failed=2), failures=pd.DataFrame([failure])))
+    whole = failure | {"checkpoint": "vit_b", "start": None, "stop": None}
+    page = Page(report(census(10, failed=2), failures=pd.DataFrame([failure, whole])))
+    assert "vit_a normalized_mls 0–50 OutOfMemory needs 9 GB" in page.text
+    assert "vit_b normalized_mls OutOfMemory needs 9 GB" in page.text
     assert "2 entries: values that were planned and are not there" in page.text
     assert "OutOfMemory: batch_size = 8 needs 9.1 GB" in page.text
     assert "flatcensus resume runs/a" in page.text
@@ -198,6 +201,12 @@ def test_ticks_stand_where_their_numbers_belong():
     step = at["20000"] - at["10000"]
     assert at["100000"] - at["50000"] == pytest.approx(step, abs=0.03)
     assert at["50000"] - at["20000"] == pytest.approx(step * np.log(2.5) / np.log(2), abs=0.03)
+
+
+def test_checkpoints_without_a_family_are_one_unnamed_group():
+    page = Page(report(census(12, failed=0).assign(family=None)))
+    assert "no family (12)" in page.text
+    assert "nan" not in page.text.split()
 
 
 def test_three_hundred_families_fold_in_the_legend_and_none_is_lost():
