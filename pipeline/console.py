@@ -20,9 +20,9 @@ from rich.table import Table
 if TYPE_CHECKING:
     import pandas as pd
 
+    from pipeline.outcome import Outcome
     from pipeline.plan import Plan
     from pipeline.specs import Task
-    from pipeline.worker import Outcome
 
 LINE_SECONDS = 60.0
 PIPE_WIDTH = 10_000

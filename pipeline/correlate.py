@@ -13,10 +13,10 @@ import numpy as np
 import pandas as pd
 import pydantic
 
+from tasks.coefficients import Method
 from tasks.correlation import (
     MIN_FOR_R,
     CorrelationEstimate,
-    Method,
     Transform,
     correlate,
     derived_seed,

@@ -17,11 +17,12 @@ from typing import Protocol
 from pipeline.errors import StoreError
 from pipeline.executor import Executor, Finished
 from pipeline.manifest import Manifest
+from pipeline.outcome import HINTS, FailureClass, Outcome
 from pipeline.plan import Plan, make_plan
 from pipeline.schema import Failure
 from pipeline.specs import Task
 from pipeline.store import Store
-from pipeline.worker import HINTS, FailureClass, Outcome, write_failure
+from pipeline.worker import write_failure
 from tasks.block import Block
 
 MAX_LOST_SLOTS = 20  # losses of a slot or node that one unit survives: not its fault, so generous

@@ -7,6 +7,7 @@ retries are off, because they hide crashes and repeat out-of-memory without end.
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,8 +16,8 @@ from pipeline.errors import ResourceError
 from pipeline.manifest import ResourceSpec
 
 if TYPE_CHECKING:
+    from pipeline.outcome import Outcome
     from pipeline.specs import Task
-    from pipeline.worker import Outcome
 
 SLOT_START_SECONDS = 120.0  # an actor that is not up by then never will be: chosen
 
@@ -92,6 +93,8 @@ class RayExecutor:
         import ray
         import ray.exceptions
 
+        from pipeline.slot import SlotActor
+
         self.ray: Any = ray
         self.owns_cluster = not ray.is_initialized()
         if self.owns_cluster:
@@ -102,7 +105,7 @@ class RayExecutor:
             "max_restarts": -1, "max_task_retries": 0,
             "runtime_env": {"env_vars": _environment(resources)},
         }  # fmt: skip
-        remote = ray.remote(_SlotActor)
+        remote = ray.remote(SlotActor)
         self.actors: list[Any] = [
             remote.options(**options).remote(resources.hang_seconds) for _ in range(count)
         ]
@@ -116,7 +119,10 @@ class RayExecutor:
 
     def start(self, slot: int, task: Task) -> None:
         """Send a unit to a slot's actor."""
-        self.running[self.actors[slot].run.remote(task)] = (slot, task)
+        self.running[self.actors[slot].run.remote(task.spec.subject, pickle.dumps(task))] = (
+            slot,
+            task,
+        )
 
     def wait(self, timeout: float) -> list[Finished]:
         """Attempts that ended; a lost actor ends its attempt with outcome None."""
@@ -129,7 +135,7 @@ class RayExecutor:
         for ref in ready:
             slot, task = self.running.pop(ref)
             try:
-                outcome = self.ray.get(ref)
+                outcome = pickle.loads(self.ray.get(ref))
             except (self.ray.exceptions.RayActorError, self.ray.exceptions.RaySystemError):
                 outcome = None
             finished.append(Finished(slot, task, outcome))
@@ -161,23 +167,6 @@ class RayExecutor:
                     f"a node runs other versions than this command: {differing} (node, here). "
                     "Install the same flatcensus, torch and timm on all nodes"
                 )
-
-
-class _SlotActor:
-    """The Ray side of a slot. Imports neither torch nor timm: the child does."""
-
-    def __init__(self, hang_seconds: float) -> None:
-        from pipeline.slot import Slot
-
-        self.slot = Slot(hang_seconds)
-
-    def versions(self) -> dict[str, str]:
-        from pipeline.versions import versions
-
-        return versions()
-
-    def run(self, task: Task) -> Outcome:
-        return self.slot.run(task)
 
 
 def slots_that_fit(cluster: Mapping[str, float], resources: ResourceSpec, *, where: str) -> int:

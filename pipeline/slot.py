@@ -12,16 +12,17 @@ import contextlib
 import multiprocessing
 import multiprocessing.process
 import os
+import pickle
 import threading
 import time
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from pipeline.specs import Task
-    from pipeline.worker import FailureClass, Outcome
+from pipeline.outcome import HINTS, FailureClass, Outcome
+from pipeline.schema import Failure
+from pipeline.versions import versions
 
 HEARTBEAT_SECONDS = 1.0
+HEARTBEAT = b""
 
 
 class Slot:
@@ -35,12 +36,16 @@ class Slot:
         self.pipe: Connection | None = None
         self.subject = ""
 
-    def run(self, task: Task) -> Outcome:
-        """Do one unit. Never raises for what the unit or its process does."""
+    def run(self, subject: str, task: bytes) -> bytes:
+        """Do one unit: a pickled Task in, a pickled Outcome out.
+
+        Both stay pickled here, because reading a Task would load torch into the slot. Never raises
+        for what the unit or its process does.
+        """
         started = time.monotonic()
-        pipe = self._child_for(task.spec.subject)
+        pipe = self._child_for(subject)
         try:
-            pipe.send(task)
+            pipe.send_bytes(task)
             return self._await(pipe, started)
         except (EOFError, BrokenPipeError, ConnectionResetError):
             code = self._stop()
@@ -51,14 +56,14 @@ class Slot:
         """End the child."""
         self._stop()
 
-    def _await(self, pipe: Connection, started: float) -> Outcome:
+    def _await(self, pipe: Connection, started: float) -> bytes:
         while True:
             if not pipe.poll(self.hang_seconds):
                 self._stop()
                 silent = f"No sign of life for {self.hang_seconds:g} s; the worker was killed"
                 return _died("hang", silent, started)
-            message = pipe.recv()
-            if message is not None:  # None is a heartbeat
+            message = pipe.recv_bytes()
+            if message != HEARTBEAT:
                 return message
 
     def _child_for(self, subject: str) -> Connection:
@@ -92,18 +97,28 @@ class Slot:
         return code
 
 
-def _died(kind: FailureClass, message: str, started: float) -> Outcome:
-    from pipeline.schema import Failure
-    from pipeline.worker import HINTS, Outcome
+class SlotActor:
+    """The Ray side of a slot. Ray imports this module in its workers: keep it light."""
 
-    failure = Failure(
-        class_=kind, type="WorkerDied", message=message, hint=HINTS[kind], traceback=""
-    )
-    return Outcome("failed", time.monotonic() - started, failure, kind)
+    def __init__(self, hang_seconds: float) -> None:
+        self.slot = Slot(hang_seconds)
+
+    def versions(self) -> dict[str, str]:
+        """What this slot would compute with."""
+        return versions()
+
+    def run(self, subject: str, task: bytes) -> bytes:
+        """Do one unit; see ``Slot.run``."""
+        return self.slot.run(subject, task)
+
+
+def _died(kind: FailureClass, message: str, started: float) -> bytes:
+    failure = Failure(class_=kind, type="WorkerDied", message=message, hint=HINTS[kind])
+    return pickle.dumps(Outcome("failed", time.monotonic() - started, failure, kind))
 
 
 def _serve(pipe: Connection) -> None:
-    """The child: units from the pipe, outcomes back, a heartbeat from a thread beside them."""
+    """The child: tasks from the pipe, outcomes back, a heartbeat from a thread beside them."""
     import signal
 
     from pipeline.worker import Workbench, run_unit
@@ -118,16 +133,16 @@ def _serve(pipe: Connection) -> None:
             try:
                 with lock:
                     if busy.is_set():
-                        pipe.send(None)
+                        pipe.send_bytes(HEARTBEAT)
             except OSError:
                 os._exit(1)  # the slot is gone: nobody waits for this unit
 
     threading.Thread(target=beat, daemon=True).start()
     with contextlib.suppress(EOFError, OSError):  # the slot is gone or has closed the pipe
         while True:
-            task = pipe.recv()
+            task = pickle.loads(pipe.recv_bytes())
             busy.set()
-            outcome = run_unit(task, bench)
+            outcome = pickle.dumps(run_unit(task, bench))
             with lock:
                 busy.clear()
-                pipe.send(outcome)
+                pipe.send_bytes(outcome)

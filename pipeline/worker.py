@@ -19,12 +19,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from pipeline.errors import HubError, StoreError
+from pipeline.outcome import HINTS, FailureClass, Outcome
 from pipeline.schema import Constants, Failure, UnitRecord
 from pipeline.shards import decode_shard, encode_shard, shard_key
 from pipeline.specs import Task, checkpoint_folder, open_dataset
@@ -41,21 +42,7 @@ from tasks.datasets import DatasetError, ImageDataset, load_batch, preprocessing
 from tasks.measurement import Batch, MeasurementError, Row, Subject
 from tasks.training import TrainSettings, train
 
-# permanent: this unit can never succeed · memory: try a smaller batch · transient: try later ·
-# store: nothing can be written, stop the launch · crash, hang: the process died or went silent
-FailureClass = Literal["permanent", "memory", "transient", "store", "crash", "hang", "unexpected"]
 Progress = Callable[[float], None]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one attempt. Small and picklable: it crosses process and node borders."""
-
-    status: Literal["committed", "duplicate", "failed"]
-    seconds: float
-    failure: Failure | None = None
-    failure_class: FailureClass | None = None
-    nondeterminism: str | None = None
 
 
 @dataclass
@@ -250,19 +237,6 @@ def _failed(error: BaseException, kind: FailureClass, clock: float) -> Outcome:
         traceback="".join(traceback.format_exception(error))[-8000:],
     )
     return Outcome("failed", time.perf_counter() - clock, failure, kind)
-
-
-HINTS: dict[FailureClass, str] = {
-    "permanent": "Mend the checkpoint or the data named above, then: flatcensus resume RUN",
-    "memory": "Lower resources.batch_size or give a slot more memory, then: flatcensus resume RUN",
-    "transient": "The network or hub failed repeatedly; when it answers: flatcensus resume RUN",
-    "store": "Free space or restore access to the run folder, then: flatcensus resume RUN",
-    "crash": "The process died without an exception (out of memory or a crash in native code); "
-    "see the system log, lower resources.batch_size, then: flatcensus resume RUN",
-    "hang": "No sign of life within resources.hang_seconds; raise it if the unit is only slow, "
-    "then: flatcensus resume RUN",
-    "unexpected": "An error without a known cause: please report it with this traceback",
-}
 
 
 def _compare(store: Store, key: str, rows: Sequence[Row]) -> str | None:

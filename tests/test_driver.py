@@ -10,11 +10,12 @@ from populations import Quiet, save_mlp, write_manifest
 from pipeline.driver import MAX_LOST_SLOTS, launch
 from pipeline.errors import StoreError
 from pipeline.executor import Finished
+from pipeline.outcome import HINTS, Outcome
 from pipeline.plan import make_plan
 from pipeline.run import Run, start_run
 from pipeline.schema import Failure
 from pipeline.specs import Task
-from pipeline.worker import HINTS, Outcome, Workbench, run_unit
+from pipeline.worker import Workbench, run_unit
 
 BOTH = """
 [[measurements]]
