@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch.autograd import forward_ad
 
+from tasks.finite import require_finite
 from tasks.jacobian import JacobianBatch, custom_functions, forward, jacobian_batch
 from tasks.measurement import MeasurementError, Subject
 from tasks.random import generator
@@ -99,22 +100,6 @@ def self_test(subject: Subject) -> SelfTest:
     return subject.cache["self_test"]
 
 
-def require_finite(
-    model: torch.nn.Module, images: torch.Tensor, logits: torch.Tensor, samples: tuple[int, ...]
-) -> None:
-    """Raise MeasurementError naming the samples whose images or logits are NaN or infinite."""
-    for what, values in (("images", images), ("logits", logits)):
-        bad = ~torch.isfinite(values).flatten(1).all(1).cpu()
-        if bad.any():
-            names = [sample for sample, is_bad in zip(samples, bad.tolist(), strict=True) if is_bad]
-            cause = (
-                "Check the images and the preprocessing."
-                if what == "images"
-                else f"{_first_nonfinite_module(model, images)} Check the weights, or use float64."
-            )
-            raise MeasurementError(f"samples {names}: NaN or infinite {what}. {cause}")
-
-
 def _run(subject: Subject) -> SelfTest:
     model, batch = subject.model, subject.batch((0, 1))
     images = batch.inputs.detach()
@@ -138,16 +123,24 @@ def _run(subject: Subject) -> SelfTest:
             "self-test: the network cannot be differentiated twice: "
             f"{str(error).splitlines()[0]} {custom_functions(jacobian._graph_logits)}"
         ) from error
+    finite = [torch.isfinite(t).flatten(1).all(1) for t in (transposed, product, gram)]
+    bad = ~torch.stack(finite).all(0)
+    if bad.any():
+        names = [sample for k, sample in enumerate(batch.samples) if bad[k]]
+        raise MeasurementError(
+            f"samples {names}: NaN or infinite Jacobian products of finite logits. An operation "
+            "has no finite gradient there (the root or norm of 0, an overflow). Try dtype = 'float64'."
+        )
 
     inner = (u * product).sum(1) - (transposed.double() * v.double()).flatten(1).sum(1)
     adjoint = _ratio(inner.abs(), u.norm(dim=1) * product.norm(dim=1))
-    checks = {"adjoint": adjoint}
-    # In this order: a network that draws random numbers would fail the later checks as well.
+    # In this order: random numbers would fail all later checks, and coupled images the adjoint.
     again = jacobian_batch(model, images, subject.output).gram(u)
-    checks["repeatability"] = _relative(again, gram)
+    checks = {"repeatability": _relative(again, gram)}
     _require(checks, jacobian, model)
     checks["coupling"] = _coupling(model, images, jacobian, u)
     _require(checks, jacobian, model)
+    checks["adjoint"] = adjoint
     checks["forward_mode"] = _relative(_dual_product(model, images, jacobian, v), product)
     _require(checks, jacobian, model)
     float64, note = _float64_defect(subject, images, u, transposed, gram)
@@ -232,11 +225,12 @@ def _float64_defect(
 
 
 def _require(checks: dict[str, float], jacobian: JacobianBatch, model: torch.nn.Module) -> None:
-    """Raise for the newest check if it is above its limit or not a number."""
-    name, value = list(checks.items())[-1]
-    limit = _LIMITS[jacobian.logits.dtype][name]
-    if value <= limit:
+    """Raise for the first check above its limit or not a number."""
+    limits = _LIMITS[jacobian.logits.dtype]
+    failed = [name for name, value in checks.items() if not value <= limits[name]]
+    if not failed:
         return
+    name = failed[0]
     modules = _training_modules(model)
     offender = {
         "adjoint": "Overflow inside the network is the usual cause; try dtype = 'float64'.",
@@ -246,8 +240,8 @@ def _require(checks: dict[str, float], jacobian: JacobianBatch, model: torch.nn.
         "float64": "TF32, autocast or a float16 cast inside the network is the usual cause.",
     }[name]
     raise MeasurementError(
-        f"self-test: check {name!r} of the Jacobian products failed: expected at most {limit:g}, "
-        f"found {value:.3g}. {offender}"
+        f"self-test: check {name!r} of the Jacobian products failed: expected at most "
+        f"{limits[name]:g}, found {checks[name]:.3g}. {offender}"
     )
 
 
@@ -262,27 +256,6 @@ def _training_modules(model: torch.nn.Module) -> str:
         return "All modules are in eval mode, so a module's own forward does it."
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"In training mode: {', '.join(names[:3])}{more}."
-
-
-def _first_nonfinite_module(model: torch.nn.Module, images: torch.Tensor) -> str:
-    """Name the first module to return NaN or infinity."""
-    found: list[str] = []
-
-    def watch(name: str, module: torch.nn.Module):
-        def hook(_module: object, _args: object, result: object) -> None:
-            if isinstance(result, torch.Tensor) and not torch.isfinite(result).all():
-                found.append(f"{name or 'model'} ({type(module).__name__})")
-
-        return module.register_forward_hook(hook)
-
-    handles = [watch(name, module) for name, module in model.named_modules()]
-    try:
-        with torch.no_grad():
-            forward(model, images.clone())
-    finally:
-        for handle in handles:
-            handle.remove()
-    return f"First at module {found[0]}." if found else "No single module could be named."
 
 
 def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:

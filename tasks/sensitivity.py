@@ -27,6 +27,7 @@ import torch
 
 from tasks.adversarial import NUM_STEPS, adversarial_ratios
 from tasks.block import Block
+from tasks.finite import require_finite
 from tasks.jacobian import dense_jacobian, forward, jacobian_batch
 from tasks.lanczos import Apply, Eigenvalues, lanczos, power_iteration
 from tasks.measurement import (
@@ -41,7 +42,7 @@ from tasks.measurement import (
 )
 from tasks.random import generator
 from tasks.sample_mean import sample_mean
-from tasks.self_test import require_finite, self_test
+from tasks.self_test import self_test
 
 # Costs in no-grad forwards of one image, measured on ViT-Ti and ViT-S (CPU, batch 8).
 _GRAPH_COST = 2.3  # forward with math attention and the backward graph of the double graph

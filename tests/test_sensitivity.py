@@ -186,6 +186,16 @@ def test_rows_agree_to_rounding_when_a_range_is_cut_inside_a_batch_or_batches_ch
         np.testing.assert_allclose(values(other), values(whole), rtol=1e-5)
 
 
+def test_starts_belong_to_samples_whatever_the_batch_size():
+    """Another start would move the upper bounds by far more than float64 rounding."""
+    pair = [
+        mls_rows(NormalizedMls(), subject("vit_trained_100_outputs", torch.float64, batch_size=b))
+        for b in (1, 8)
+    ]
+    for single, batched in zip(*pair, strict=True):
+        assert single.upper == pytest.approx(batched.upper, rel=1e-9)
+
+
 def test_batches_start_at_multiples_of_their_size_wherever_a_range_starts():
     of = subject("vit_trained", batch_size=2)
     whole = mls_rows(NormalizedMls(), of)
