@@ -129,7 +129,7 @@ def _run(subject: Subject) -> SelfTest:
         names = [sample for k, sample in enumerate(batch.samples) if bad[k]]
         raise MeasurementError(
             f"samples {names}: NaN or infinite Jacobian products of finite logits. An operation "
-            "has no finite gradient there (the root or norm of 0, an overflow). Try dtype = 'float64'."
+            "has no finite gradient there (root or norm of 0, overflow). Try dtype = 'float64'."
         )
 
     inner = (u * product).sum(1) - (transposed.double() * v.double()).flatten(1).sum(1)

@@ -76,6 +76,7 @@ def test_upper_bounds_are_nearly_sharp():
     assert max(rates)[0] > 0.1, rates
 
 
+@pytest.mark.slow
 def test_no_violation_in_ten_thousand_starts_at_one_in_a_million():
     """With the stopping rule on, which picks the moment to stop by looking at the bound."""
     for seed, spectrum in enumerate(SPECTRA.values()):
