@@ -30,7 +30,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import oracles
 
 from tasks.block import Block
-from tasks.block import Block
 from tasks.checkpoints import describe_local, load_checkpoint
 from tasks.datasets import preprocessing, tensors
 from tasks.images import DatasetError, load_dataset
