@@ -16,6 +16,10 @@ Stefanski 1994). The quantiles are those of the expanded percentile interval (He
 which repairs the bootstrap's narrowness at small n. Within at least 12 families, families are
 resampled whole, otherwise checkpoints.
 
+Measured coverage of the nominal 95 % (400 experiments each; n = 8, 24, 60; ρ = 0, 0.7, 0.95; noise
+of 0, 0.1, 0.3 standard deviations): 88 to 100 %, median 96 %, rank correlations on the wide side.
+With noise of 0.6 and ρ = 0.95 it falls to 85 % (Kendall), within 12 families of four it was 88 to
+95 % (150 experiments).
 
 ``r`` itself is the plain coefficient of the values as measured and may lie low in its interval;
 ``r_corrected`` is the extrapolated one.
@@ -38,15 +42,14 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import ndtr, stdtrit
 
+from tasks.coefficients import Array, Method, coefficients, constant_text
+
 Transform = Literal["identity", "log", "sqrt"]
-Method = Literal["pearson", "spearman", "kendall"]
-Array = npt.NDArray[np.float64]
 
 MIN_FOR_R = 3
 MIN_FOR_INTERVAL = 8  # measured: below it the 95 % interval of a rank correlation covers 73-96 %
 MIN_FAMILIES = 12  # measured: 8 families of 3 gave 83 % for Spearman, 12 of 4 gave 88-95 % for all
 LARGE_RELATIVE_STDERR = 0.5  # chosen: beyond it the delta method on the log scale is only a guess
-CHUNK_ELEMENTS = 1_000_000  # pairs of checkpoints held at once, 4 MB as float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +89,8 @@ def correlate(
     Args:
         x: Values (n,). Not finite, or outside the transform's domain: counted as missing.
         y: Values (n,) of the same checkpoints.
-        x_stderr: Standard errors (n,) of x, in units of x. NaN where unknown: taken as zero and
-            said so in ``reason``.
+        x_stderr: Standard errors (n,) of x, in units of x. NaN or infinite where unknown:
+            taken as zero, and ``reason`` says so.
         y_stderr: Standard errors (n,) of y.
         transform_x: Scale on which x is compared. Errors are carried to it by the delta method.
         transform_y: Scale on which y is compared.
@@ -122,15 +125,15 @@ def correlate(
         return _with_notes(nothing, [f"needs {MIN_FOR_R} checkpoints, found {found}", *notes])
     same = (groups[:, None] == groups[None, :]).astype(np.float64)
     ones = np.ones((1, n))
-    r = float(_coefficients(method, a[None], b[None], ones, ones, same)[0])
+    r = float(coefficients(method, a[None], b[None], ones, ones, same)[0])
     if np.isnan(r):
-        return _with_notes(nothing, [_constant(a, b, same), *notes])
+        return _with_notes(nothing, [constant_text(a, b, same), *notes])
 
-    unknown = np.isnan(a_noise) | np.isnan(b_noise)
+    unknown = ~(np.isfinite(a_noise) & np.isfinite(b_noise))
     notes.append(_plural(unknown.sum(), "checkpoint without standard error, taken as exact"))
     large = np.zeros(n, bool)
     for noise, transform in ((a_noise, transform_x), (b_noise, transform_y)):
-        large |= (transform == "log") & (noise > LARGE_RELATIVE_STDERR)
+        large |= (transform == "log") & np.isfinite(noise) & (noise > LARGE_RELATIVE_STDERR)
     notes.append(_plural(large.sum(), "checkpoint with a relative standard error above 50 %"))
     without = dataclasses.replace(nothing, r=r)
     if independent < MIN_FOR_INTERVAL:
@@ -138,13 +141,13 @@ def correlate(
 
     generator = np.random.Generator(np.random.PCG64(seed))
     weights, copies, num_drawn = _resample(generator, num_bootstrap, groups)
-    plain = _coefficients(method, a[None], b[None], weights, copies, same)
+    plain = coefficients(method, a[None], b[None], weights, copies, same)
     intercept, slope = 0.0, 1.0
-    a_noise, b_noise = np.nan_to_num(a_noise), np.nan_to_num(b_noise)
+    a_noise, b_noise = (np.where(np.isfinite(v), v, 0.0) for v in (a_noise, b_noise))
     if a_noise.any() or b_noise.any():
         again_a = a + a_noise * generator.standard_normal((num_bootstrap, n))
         again_b = b + b_noise * generator.standard_normal((num_bootstrap, n))
-        noisier = _coefficients(method, again_a, again_b, weights, copies, same)
+        noisier = coefficients(method, again_a, again_b, weights, copies, same)
         intercept, slope = _straight_line(plain, noisier)
     plain = plain[np.isfinite(plain)]  # a resample can be constant
     if plain.size < num_bootstrap / 2:
@@ -224,70 +227,6 @@ def _resample(
     return drawn[:, index].astype(np.float64), np.ones((1, n)), num_families
 
 
-def _coefficients(
-    method: Method, x: Array, y: Array, weights: Array, copies: Array, same: Array
-) -> Array:
-    """Coefficients (B,) of x, y (B or 1, n) with whole-number weights (B, n); NaN if constant.
-
-    ``same`` (n, n) is 1 for two checkpoints of one family, ``copies`` (B or 1, n) says how often a
-    checkpoint counts within it, for means and ranks.
-    """
-    if method == "pearson":
-        a, b = _centred(x, copies, same), _centred(y, copies, same)
-        return _ratio((weights * a * b).sum(1), (weights * a * a).sum(1), (weights * b * b).sum(1))
-    n = weights.shape[1]
-    chunk = max(1, CHUNK_ELEMENTS // (n * n))
-    mask = same.astype(np.float32)
-    parts = []
-    for start in range(0, len(weights), chunk):
-        piece = slice(start, start + chunk)
-        # float32 is exact here: all sums are whole numbers below 2**24
-        w, c = weights[piece].astype(np.float32), _piece(copies, piece).astype(np.float32)
-        sign_x, sign_y = _signs(_piece(x, piece), mask), _signs(_piece(y, piece), mask)
-        parts.append((_spearman if method == "spearman" else _kendall)(sign_x, sign_y, w, c))
-    return np.concatenate(parts)
-
-
-def _piece(values: Array, piece: slice) -> Array:
-    return values if len(values) == 1 else values[piece]
-
-
-def _signs(x: Array, mask: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Order (B, n, n) of each pair of one family: +1, 0 or -1; 0 across families."""
-    left, right = x[:, :, None], x[:, None, :]
-    return ((left > right).view(np.int8) - (left < right).view(np.int8)) * mask
-
-
-def _times(signs: np.ndarray, w: np.ndarray) -> Array:
-    return np.matmul(signs, w[:, :, None])[:, :, 0].astype(np.float64)
-
-
-def _spearman(sign_x: np.ndarray, sign_y: np.ndarray, w: np.ndarray, c: np.ndarray) -> Array:
-    # Twice the centred average rank of i is the sum over j of copies_j sign(x_i - x_j).
-    a, b = _times(sign_x, c), _times(sign_y, c)
-    return _ratio((w * a * b).sum(1), (w * a * a).sum(1), (w * b * b).sum(1))
-
-
-def _kendall(sign_x: np.ndarray, sign_y: np.ndarray, w: np.ndarray, c: np.ndarray) -> Array:
-    def total(products: np.ndarray) -> Array:
-        return (w * _times(products, c)).sum(1)
-
-    return _ratio(total(sign_x * sign_y), total(np.abs(sign_x)), total(np.abs(sign_y)))
-
-
-def _ratio(covariance: Array, variance_x: Array, variance_y: Array) -> Array:
-    defined = (variance_x > 0) & (variance_y > 0)
-    product = np.where(defined, np.sqrt(variance_x) * np.sqrt(variance_y), 1.0)
-    return np.where(defined, np.clip(covariance / product, -1, 1), np.nan)
-
-
-def _centred(x: Array, weights: Array, same: Array) -> Array:
-    """Values (B or 1, n) minus their family's weighted mean, zero where only rounding is left."""
-    total = weights @ same
-    rest = x - ((weights * x) @ same) / np.where(total > 0, total, 1)
-    return np.where(np.abs(rest) > 64 * np.finfo(np.float64).eps * np.abs(x).max(), rest, 0.0)
-
-
 def _straight_line(x: Array, y: Array) -> tuple[float, float]:
     """Intercept and slope of the least-squares line of y on x, NaN left out."""
     both = np.isfinite(x) & np.isfinite(y)
@@ -296,15 +235,6 @@ def _straight_line(x: Array, y: Array) -> tuple[float, float]:
     dx, dy = x[both] - x[both].mean(), y[both] - y[both].mean()
     slope = float((dx * dy).sum() / (dx * dx).sum()) if dx.any() else 0.0
     return float(y[both].mean() - slope * x[both].mean()), slope
-
-
-def _constant(a: Array, b: Array, same: Array) -> str:
-    """Which of the two is constant (within families, if there are several)."""
-    ones = np.ones((1, a.size))
-    names = [n for n, v in (("x", a), ("y", b)) if not _centred(v[None], ones, same).any()]
-    verb = "are" if len(names) > 1 else "is"
-    where = "" if same.all() else " within every family"
-    return f"{' and '.join(names)} {verb} constant{where}"
 
 
 def _expanded_tail(tail: float, n: int) -> float:
