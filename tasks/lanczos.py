@@ -247,8 +247,8 @@ def _log_weight(a: np.ndarray, b: np.ndarray, t: np.ndarray) -> np.ndarray:
     log_p, total = np.zeros(len(t)), np.zeros(len(t))
     ratio = np.ones(len(t))
     for j in range(a.shape[1]):
-        below = b[:, j - 1] / ratio if j else 0.0
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            below = b[:, j - 1] / ratio if j else 0.0
             ratio = (t - a[:, j] - below) / b[:, j]
         ratio = np.where(ratio > tiny, ratio, tiny)
         log_p = log_p + np.log(ratio)

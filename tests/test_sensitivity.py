@@ -10,7 +10,7 @@ import oracles
 import pydantic
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -136,6 +136,7 @@ def test_normalized_rows_are_squares_of_mls_rows_times_the_squared_norm():
 
 
 @settings(max_examples=15, deadline=None)
+@example(factor=179.0, stretch=1.0, seed=1)  # b / ratio leaves float64 near a Ritz value
 @given(
     factor=st.floats(1e-3, 1e3),
     stretch=st.floats(1e-2, 1e2),

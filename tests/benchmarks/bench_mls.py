@@ -3,7 +3,8 @@
     python tests/benchmarks/bench_mls.py [CHECKPOINT_FOLDER ...]
 
 Without arguments, small ViTs are trained for a minute on Fashion-MNIST (or digits). Every method
-measures the same test images with one thread; the truth is the dense Jacobian in float64. The
+measures the same test images with one thread; the truth is the dense Jacobian in float64. Times
+are CPU seconds of the process, which are the wall time of one thread on an idle machine. The
 published recipe runs one image at a time, as its script does. The self-test, once per network and
 the same for all methods, is outside the times.
 """
@@ -39,7 +40,7 @@ from tasks.sensitivity import NormalizedMls
 
 NUM_IMAGES = 16
 BATCH_SIZE = 16
-REPEATS = 2  # the minimum is kept: neighbours on the machine only ever add time
+REPEATS = 2  # the minimum is kept: neighbours only ever add time, through the shared caches
 GREY = {
     "mean": (0.5,),
     "std": (0.5,),
@@ -149,14 +150,14 @@ def _forward(model: nn.Module, images: torch.Tensor) -> None:
 
 
 def _interleaved_minimum(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Seconds of each call, the minimum of rounds in which all take turns; the first warms up."""
+    """CPU seconds of each call, the minimum of rounds in which all take turns; the first warms up."""
     best = dict.fromkeys(calls, float("inf"))
     for repeat in range(REPEATS + 1):
         for label, call in calls.items():
             for _ in range(20 if label == "forward" else 1):  # short: more chances to be alone
-                started = time.perf_counter()
+                started = time.process_time()
                 call()
-                elapsed = time.perf_counter() - started
+                elapsed = time.process_time() - started
                 if repeat:
                     best[label] = min(best[label], elapsed)
     return best
