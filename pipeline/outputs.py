@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Hashable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
+from pipeline.correlate import CorrelationPair
 from pipeline.figures import scatter
 from pipeline.plan import Plan
 from pipeline.reduce import Tables
@@ -19,7 +22,7 @@ def write_outputs(run: Run, plan: Plan, tables: Tables) -> list[Path]:
     """Draw every pair and write the report. Returns the report first, then the figures."""
     figures: list[Path] = []
     for pair in run.manifest.correlations:
-        stem = run.store.path(f"figures/{pair.y} against {pair.x}".replace(" ", "_"))
+        stem = run.store.path(f"figures/{_named(pair)}")
         stem.parent.mkdir(parents=True, exist_ok=True)
         figures += scatter(tables.summary, pair, tables.correlations, stem, pdf=True)
     report = run.store.path("report.html")
@@ -38,15 +41,23 @@ def write_outputs(run: Run, plan: Plan, tables: Tables) -> list[Path]:
     return [report, *figures]
 
 
+def _named(pair: CorrelationPair) -> str:
+    """File name of a pair's figure; scales are named where they are not logarithmic."""
+    y, x = (
+        series if transform == "log" else f"{series}-{transform}"
+        for series, transform in ((pair.y, pair.transform_y), (pair.x, pair.transform_x))
+    )
+    return f"{y}_against_{x}"
+
+
 def headline(tables: Tables) -> list[str]:
     """One sentence per pair: coefficients, intervals, counts."""
     everyone = tables.correlations[tables.correlations["group"] == "all"]
-    names: pd.DataFrame = everyone.loc[:, ["x", "y"]].drop_duplicates()
-    lines = []
-    for x, y in names.itertuples(index=False):
-        rows: pd.DataFrame = everyone.loc[(everyone["x"] == x) & (everyone["y"] == y)]
-        lines.append(f"{y} against {x}: {finding(rows.to_dict('records'))}")
-    return lines
+    keys = ["x", "y", "transform_x", "transform_y"]
+    pairs: dict[tuple[str, ...], list[Mapping[Hashable, Any]]] = {}
+    for row in everyone.to_dict("records"):
+        pairs.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return [f"{y} against {x}: {finding(rows)}" for (x, y, *_), rows in pairs.items()]
 
 
 def _checks(plan: Plan, tables: Tables) -> pd.DataFrame:

@@ -206,4 +206,5 @@ def _failures(units: pd.DataFrame, plan: Plan) -> pd.DataFrame:
         ],
         columns=columns,
     )  # fmt: skip
-    return pd.concat([failed, absent.astype(failed.dtypes)], ignore_index=True)
+    integers = dict.fromkeys(("start", "stop", "draw_start", "draw_stop"), "Int64")
+    return pd.concat([failed.astype(integers), absent.astype(integers)], ignore_index=True)

@@ -105,11 +105,11 @@ def run_unit(task: Task, bench: Workbench, progress: Progress | None = None) -> 
         if store.put_new(key, encode_shard(rows, record, _constants(task))):
             return Outcome("committed", seconds)
         return Outcome("duplicate", seconds, nondeterminism=_compare(store, key, rows))
-    except (CheckpointError, DatasetError, MeasurementError) as error:
-        return _failed(error, "permanent", clock)
+    except (CheckpointError, DatasetError, MeasurementError, HubError) as error:
+        return _failed(error, "permanent", clock)  # hub.py has retried what may pass
     except (torch.OutOfMemoryError, MemoryError) as error:
         return _failed(error, "memory", clock)
-    except (HubError, ConnectionError, TimeoutError) as error:
+    except (ConnectionError, TimeoutError) as error:
         return _failed(error, "transient", clock)
     except StoreError as error:
         return _failed(error, "store", clock)
@@ -188,7 +188,7 @@ def _with_weights(task: Task) -> CheckpointRef:
         return ref
     from pipeline import hub
 
-    return replace(ref, path=hub.download(hub.hub_file(ref)))
+    return ref.model_copy(update={"path": str(hub.download(hub.hub_file(ref)))})
 
 
 def _record(
