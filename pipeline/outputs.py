@@ -52,7 +52,7 @@ def _named(pair: CorrelationPair) -> str:
 
 def headline(tables: Tables) -> list[str]:
     """One sentence per pair: coefficients, intervals, counts."""
-    everyone = tables.correlations[tables.correlations["group"] == "all"]
+    everyone: pd.DataFrame = tables.correlations.loc[tables.correlations["group"] == "all"]
     keys = ["x", "y", "transform_x", "transform_y"]
     pairs: dict[tuple[str, ...], list[Mapping[Hashable, Any]]] = {}
     for row in everyone.to_dict("records"):

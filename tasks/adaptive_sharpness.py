@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -46,6 +45,7 @@ from tasks.measurement import (
 )
 from tasks.perturbation import PerturbableWeights, perturbable
 from tasks.random import generator
+from tasks.sample_mean import sample_mean
 from tasks.squared_error import squared_errors
 
 _NAME = "adaptive_sharpness"
@@ -133,7 +133,7 @@ class AdaptiveSharpness(Measurement):
 
     def finished(self, rows: Columns) -> bool:
         """Whether the target is reached, or further stages could not bring it nearer."""
-        table = _select(rows, _NAME)
+        table = _select(rows)
         if not np.isfinite(table.values).all():
             return True
         num_draws = int(table.draws.max()) + 1
@@ -164,15 +164,17 @@ class AdaptiveSharpness(Measurement):
         rows: list[Row] = []
         with perturbable(subject.model) as weights:
             for group, members in _groups(block.samples, self.group_size):
+                started = time.perf_counter()
                 batch = subject.batch(members)
                 base = _base_errors(subject, weights, batch)
+                seconds = (time.perf_counter() - started) / len(members)
                 for draw in block.draws:
                     rows += self._draw(subject, weights, batch, base, group=group, draw=draw)
                 if 0 in block.draws:
-                    rows.extend(
-                        Row(_ERROR_NAME, float(base[i]), sample=sample, forward_equivalents=1.0)
-                        for i, sample in enumerate(members)
-                    )
+                    rows += [
+                        Row(_ERROR_NAME, e, sample=i, forward_equivalents=1.0, seconds=seconds)
+                        for i, e in zip(members, base.tolist(), strict=True)
+                    ]
         return rows
 
     def _draw(
@@ -218,26 +220,30 @@ class AdaptiveSharpness(Measurement):
 
         ``stderr`` contains the spread of images and draws, ``stderr_draws`` that of draws alone.
         """
-        table = _select(rows, _NAME)
+        table = _select(rows)
         if self.method == "authors" and np.isfinite(table.values).all():
             kept = table.draws < authors_draws(table, self.rho)
             table = Table(*(column[kept] for column in table))
         estimates: list[Estimate] = []
         if len(table.values):
             mean = grouped_mean(table)
-            forwards = self._num_signs * len(table.values)
             estimates.append(
-                replace(
-                    _estimate(_NAME, mean, num_rows=len(table.values), forwards=forwards),
+                Estimate(
+                    quantity=_NAME,
+                    value=mean.value,
+                    stderr=mean.stderr,
+                    ci_low=mean.ci_low,
+                    ci_high=mean.ci_high,
+                    num_samples=mean.num_samples,
+                    num_rows=len(table.values),
                     stderr_draws=mean.stderr_draws,
                     num_probes=mean.num_draws,
+                    forward_equivalents=float(self._num_signs * len(table.values)),
                     status=self._status(mean),
                 )
             )
-        errors = _select(rows, _ERROR_NAME)
-        if count := len(errors.values):
-            estimate = _estimate(_ERROR_NAME, grouped_mean(errors), num_rows=count, forwards=count)
-            estimates.append(replace(estimate, error_bound=0.0))
+        if (np.asarray(rows["quantity"]) == _ERROR_NAME).any():  # not where draw 0 is missing
+            estimates.append(sample_mean(rows, _ERROR_NAME))
         return estimates
 
     def forward_equivalents(self, num_outputs: int) -> float:
@@ -258,27 +264,12 @@ class AdaptiveSharpness(Measurement):
         return Status.TARGET_NOT_REACHED
 
 
-def _estimate(quantity: str, mean: GroupedMean, *, num_rows: int, forwards: int) -> Estimate:
-    return Estimate(
-        quantity=quantity,
-        value=mean.value,
-        stderr=mean.stderr,
-        ci_low=mean.ci_low,
-        ci_high=mean.ci_high,
-        num_samples=mean.num_samples,
-        num_rows=num_rows,
-        forward_equivalents=float(forwards),
+def _select(rows: Columns) -> Table:
+    chosen = np.asarray(rows["quantity"]) == _NAME
+    return Table(
+        np.asarray(rows["value"])[chosen].astype(np.float64),
+        *(np.asarray(rows[name])[chosen].astype(np.int64) for name in ("sample", "draw", "group")),
     )
-
-
-def _select(rows: Columns, quantity: str) -> Table:
-    chosen = np.asarray(rows["quantity"]) == quantity
-    values = np.asarray(rows["value"])[chosen].astype(np.float64)
-    samples = np.asarray(rows["sample"])[chosen].astype(np.int64)
-    if quantity == _ERROR_NAME:  # no draws: every image is a group of its own
-        return Table(values, samples, np.zeros_like(samples), samples)
-    draws, groups = (np.asarray(rows[n])[chosen].astype(np.int64) for n in ("draw", "group"))
-    return Table(values, samples, draws, groups)
 
 
 def _doublings(first: int, last: int) -> list[int]:
