@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -54,6 +55,8 @@ JsonOption = Annotated[
 
 def main() -> None:
     """Entry point of the ``flatcensus`` command."""
+    # timm decorates with it at import; nothing a user of this command could change.
+    warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
     app()
 
 
@@ -346,16 +349,16 @@ def _launch(
             f"retried, {result.lost} lost with their slot, in {duration(result.seconds)}"
         )
     current, tables = run.reduce()
-    if train_only:
-        console.next_step(f"flatcensus resume {folder}", "measure the trained checkpoints")
-    else:
+    if not train_only:
         files = write_outputs(run, current, tables)
         _show_results(console, tables, headline(tables), files)
     if current.num_failed:
         console.warn(f"{current.num_failed} failed: flatcensus query {folder} failures")
         console.next_step(f"flatcensus resume {folder}", "try the failed ones again")
         return EXIT_FAILED_UNITS
-    if not train_only:
+    if train_only:
+        console.next_step(f"flatcensus resume {folder}", "measure the trained checkpoints")
+    else:
         console.next_step(
             f'flatcensus query {folder} "select * from summary"', "or open the report above"
         )
@@ -364,8 +367,9 @@ def _launch(
 
 def _show_results(console: Console, tables: Any, lines: list[str], files: list[Path]) -> None:
     shown = ["x", "y", "group", "method", "r", "ci_low", "ci_high", "n", "n_missing"]
+    pooled = tables.correlations["group"].isin(["all", "within"])
     if len(tables.correlations):
-        console.table(tables.correlations[shown], title="correlations over checkpoints")
+        console.table(tables.correlations[pooled][shown], title="correlations over checkpoints")
     elif console.as_json:
         console.table(tables.summary)
     for line in lines:

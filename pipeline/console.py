@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -107,13 +108,13 @@ class ProgressDisplay:
         """A round begins: its units join the total."""
         from pipeline.durations import duration
 
-        seconds = sum(unit.predicted_seconds for unit in plan.units)
-        self.total, self.done = self.total + seconds, self.done
+        self.total += plan.predicted_seconds
         self.units += len(plan.units)
-        self.console.say(
-            f"{len(plan.units)} units on {num_slots} slot{'s' if num_slots != 1 else ''}, "
-            f"about {duration(seconds / num_slots)} before calibration"
-        )
+        reasons = Counter(item.reason for item in plan.specs if item.todo)
+        why = ", ".join(f"{reason} ({count})" for reason, count in reasons.items())
+        slots = f"{num_slots} slot{'s' if num_slots != 1 else ''}"
+        estimate = duration(plan.predicted_seconds / num_slots)
+        self.console.say(f"{len(plan.units)} units on {slots}, about {estimate}: {why}")
         if self.bar is None and self.console.err.is_terminal and not self.console.as_json:
             self.bar = Progress(
                 TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),

@@ -9,8 +9,9 @@ from __future__ import annotations
 import itertools
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -35,6 +36,14 @@ class DataSpec(Settings):
     split: str = "test"
     root: str | None = None
     samples: int = pydantic.Field(default=100, ge=1)
+
+    @pydantic.model_validator(mode="after")
+    def _is_there_a_place(self) -> DataSpec:
+        if self.name == "image-folder" and self.root is None:
+            raise ValueError('image-folder needs root = "the folder of the images"')
+        if self.name != "image-folder" and self.split not in ("train", "test"):
+            raise ValueError(f"split must be 'train' or 'test', found {self.split!r}")
+        return self
 
 
 class ResourceSpec(Settings):
@@ -154,20 +163,34 @@ def load_manifest(path: Path | str) -> Manifest:
     return parse_manifest(text, where=str(path), root=path.resolve().parent)
 
 
-def parse_manifest(text: str, *, where: str, root: Path) -> Manifest:
-    """Validate a manifest's text. ``where`` names it in messages, ``root`` resolves its paths."""
+def parse_manifest(
+    text: str, *, where: str, root: Path, folders: Collection[Path] | None = None
+) -> Manifest:
+    """Validate a manifest's text. ``where`` names it in messages, ``root`` resolves its paths.
+
+    ``folders`` are checkpoint folders that the patterns matched when the run was launched. They
+    stay part of the manifest when they are gone; without them a pattern must match something.
+    """
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ManifestError(f"{where}: not valid TOML: {error}") from error
-    return _Parser(where, root, text, document).manifest()
+    return _Parser(where, root, text, document, folders).manifest()
 
 
 class _Parser:
     """Collects problems while building a Manifest, so that the user sees all of them at once."""
 
-    def __init__(self, where: str, root: Path, text: str, document: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        where: str,
+        root: Path,
+        text: str,
+        document: dict[str, Any],
+        folders: Collection[Path] | None,
+    ) -> None:
         self.where, self.root, self.text, self.document = where, root, text, document
+        self.folders = folders
         self.lines = table_lines(text)
         self.problems: list[tuple[int, str]] = []
 
@@ -180,7 +203,7 @@ class _Parser:
         }
         train = tuple(self.train_entries(tables["train"], head))
         timm, local = self.checkpoint_entries(tables["checkpoints"])
-        measurements = tuple(self.measurement_entries(tables["measurements"]))
+        measurements = tuple(self.measurement_entries(tables["measurements"], head))
         correlations = tuple(self.correlation_pairs(tables["correlations"], measurements))
         if head and not (train or timm or local or tables["train"] or tables["checkpoints"]):
             self.problem((), "nothing to audit: add a [[checkpoints]] or a [[train]] table")
@@ -308,19 +331,23 @@ class _Parser:
         for pattern in patterns:
             base = Path(pattern).expanduser()
             base = base if base.is_absolute() else self.root / base
-            matches = sorted(
+            matches = {
                 p for p in Path(base.anchor).glob(str(base.relative_to(base.anchor))) if p.is_dir()
-            )
+            }
+            if self.folders is not None:  # one that is gone shall be reported, not forgotten
+                matches |= {p for p in self.folders if fnmatchcase(str(p), str(base))} or {base}
             if not matches:
                 self.problem(
                     (*path, "paths"),
                     f"no checkpoint directory matches {str(base)!r}. Expected a folder with "
                     "config.json and model.safetensors",
                 )
-            found.extend(matches)
+            found.extend(sorted(matches))
         return tuple(dict.fromkeys(found))
 
-    def measurement_entries(self, tables: list[dict[str, Any]]) -> Iterator[MeasurementEntry]:
+    def measurement_entries(
+        self, tables: list[dict[str, Any]], head: _Head | None
+    ) -> Iterator[MeasurementEntry]:
         seen: dict[str, int] = {}
         for index, table in enumerate(tables):
             path = ("measurements", index)
@@ -343,6 +370,11 @@ class _Parser:
             measurement = self.validate(METRICS[metric], fields, path)
             if measurement is None:
                 continue
+            if head is not None:
+                try:
+                    measurement.stages(head.data.samples, head.data.samples)
+                except ValueError as error:
+                    self.problem((*path, "max_samples"), str(error))
             first_of_metric = not any(e.get("metric") == metric for e in tables[:index])
             if label is None:
                 label = "" if first_of_metric else str(getattr(measurement, "method", index))

@@ -149,10 +149,10 @@ def _reason(stage: int, have: Sequence[Block], failed: Sequence[Block], retry_fa
     if failed:
         return "failed before; `flatcensus resume` tries again"
     if retry_failed and have:
-        return "missing ranges, failed ones again"
+        return "missing samples, failed ones again"
     if stage > 0:
         return f"error bar above its target after look {stage}"
-    return "some ranges missing" if have else "never measured with these settings"
+    return "some samples missing" if have else "no result with these settings"
 
 
 def _units(

@@ -50,7 +50,7 @@ from tasks.squared_error import squared_errors
 
 _NAME = "adaptive_sharpness"
 _ERROR_NAME = "squared_error"
-# Share of draws in the variance below which more draws shorten the interval by < 5 %. Chosen.
+# Share of draws in the variance below which more draws shorten the interval by < 5 %.
 _SMALL_SHARE = 0.10
 # Fewer groups give too uncertain a standard error to stop on. Measured on the skewed values of a
 # digits ViT (rho 0.03, target 10 %): stopping from 8, 32, 64 groups on covers 90, 92, 93.5 %.
@@ -178,15 +178,9 @@ class AdaptiveSharpness(Measurement):
         return rows
 
     def _draw(
-        self,
-        subject: Subject,
-        weights: PerturbableWeights,
-        batch: Batch,
-        base: np.ndarray,
-        *,
-        group: int,
-        draw: int,
-    ) -> list[Row]:
+        self, subject: Subject, weights: PerturbableWeights, batch: Batch, base: np.ndarray,
+        *, group: int, draw: int,
+    ) -> list[Row]:  # fmt: skip
         """The rows of one weight draw on one group of images."""
         started = time.perf_counter()
         weights.draw(generator(subject.seed, _NAME, group, draw, device=weights.noise.device))
