@@ -20,7 +20,7 @@ from pipeline.manifest import Manifest
 from pipeline.outcome import HINTS, FailureClass, Outcome
 from pipeline.plan import Plan, make_plan
 from pipeline.schema import Failure
-from pipeline.specs import Task
+from pipeline.specs import Resolved, Task, resolve
 from pipeline.store import Store
 from pipeline.worker import write_failure
 from tasks.block import Block
@@ -72,11 +72,17 @@ def launch(
     """
     result, started = Launch(), time.monotonic()
     decisions: dict[tuple[str, int], bool] = {}
+    resolved: Resolved | None = None
     executor: Executor | None = None
     with _interrupts() as interrupts:
         try:
             while not interrupts:
-                plan = make_plan(manifest, store, retry_failed=retry_failed, decisions=decisions)
+                if resolved is None or resolved.untrained:  # training makes new checkpoints known
+                    resolved = resolve(manifest, store)
+                plan = make_plan(
+                    manifest, store, resolved=resolved, retry_failed=retry_failed,
+                    decisions=decisions,
+                )  # fmt: skip
                 retry_failed = False  # once; what fails again in this launch stays failed
                 units = [u for u in plan.units if u.spec.kind == "train" or not train_only]
                 result.plan = plan
