@@ -130,8 +130,6 @@ class _Round:
             busy = len(self.idle) < self.executor.num_slots
             if not busy and (self.interrupts or not (self.queue or self.delayed)):
                 return
-            if len(self.interrupts) > 1:  # the second Ctrl-C: stop now
-                return
             for finished in self.executor.wait(timeout=0.5):
                 self._settle(finished)
             if not busy:
@@ -245,6 +243,8 @@ def _interrupts() -> Iterator[list[int]]:
 
     def on_signal(number: int, frame: object) -> None:
         received.append(number)
+        if len(received) > 1:  # also out of a unit that runs in this process
+            raise KeyboardInterrupt
 
     before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
