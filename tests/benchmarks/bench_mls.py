@@ -150,7 +150,7 @@ def _forward(model: nn.Module, images: torch.Tensor) -> None:
 
 
 def _interleaved_minimum(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """CPU seconds of each call, the minimum of rounds in which all take turns; the first warms up."""
+    """CPU seconds of each call: the least of rounds in which all take turns, after a warm-up."""
     best = dict.fromkeys(calls, float("inf"))
     for repeat in range(REPEATS + 1):
         for label, call in calls.items():
