@@ -137,9 +137,11 @@ def test_small_rho_limit_is_the_weighted_hessian_diagonal(name, output, num_draw
     images, labels = digits()
     subject = make_subject(model, images[:8], labels[:8], output=output)
     exact = scaled_hessian_diagonal_sum(model, subject, range(8))
-    measurement = AdaptiveSharpness(rho=1e-3, group_size=2)
+    # At 1e-3 a few of the CNN's ReLU inputs still change sign under noise, and each kink counts as
+    # much as the curvature; the sum over kinks vanishes only once rho is below them all.
+    measurement = AdaptiveSharpness(rho=1e-5, group_size=2)
     result = estimate(measurement, measure(measurement, subject, 8, num_draws))
-    # The bias is of relative order rho**2 = 1e-6; the images are the same, so only draws err.
+    # The images are the same, so only draws err.
     assert result.value == pytest.approx(exact, abs=4 * result.stderr_draws)
     assert result.stderr_draws < 0.1 * abs(exact)
 
