@@ -4,6 +4,7 @@
     ├── ManifestError         2  the manifest: all problems at once, file:line, nearest valid name
     ├── QueryError            2  SQL or filters that cannot be run
     ├── UsageError            2  a command that does not fit the run it names
+    ├── DataError             4  the images cannot be had or read
     ├── HubError              4  the hub cannot give the weights
     ├── StoreError            4  the run folder cannot be read or written
     ├── ShardError            4  a shard that is not what was written
@@ -45,6 +46,12 @@ class UsageError(FlatcensusError):
     """A command that does not fit the run or file it names."""
 
     exit_code = EXIT_USAGE
+
+
+class DataError(FlatcensusError):
+    """The images that the manifest names cannot be had or read."""
+
+    exit_code = EXIT_ENVIRONMENT
 
 
 class HubError(FlatcensusError):

@@ -335,7 +335,8 @@ class _Parser:
                 p for p in Path(base.anchor).glob(str(base.relative_to(base.anchor))) if p.is_dir()
             }
             if self.folders is not None:  # one that is gone shall be reported, not forgotten
-                matches |= {p for p in self.folders if fnmatchcase(str(p), str(base))} or {base}
+                matches |= {p for p in self.folders if fnmatchcase(str(p), str(base))}
+                matches = matches or {base}
             if not matches:
                 self.problem(
                     (*path, "paths"),
@@ -374,7 +375,7 @@ class _Parser:
                 try:
                     measurement.stages(head.data.samples, head.data.samples)
                 except ValueError as error:
-                    self.problem((*path, "max_samples"), str(error))
+                    self.problem(path, str(error))
             first_of_metric = not any(e.get("metric") == metric for e in tables[:index])
             if label is None:
                 label = "" if first_of_metric else str(getattr(measurement, "method", index))

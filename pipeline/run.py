@@ -11,14 +11,17 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline.driver import Launch, Observer, launch
 from pipeline.errors import UsageError
 from pipeline.executor import Executor, InlineExecutor, RayExecutor
+from pipeline.lock import lock_commits
 from pipeline.manifest import Manifest, load_manifest, parse_manifest
 from pipeline.plan import Plan, make_plan
 from pipeline.reduce import Tables, reduce_run, write_tables
 from pipeline.shards import Quarantined, read_shards
+from pipeline.specs import resolve
 from pipeline.store import Store, open_store
 
 MANIFEST, RUN = "manifest.toml", "run.json"
@@ -50,7 +53,7 @@ def start_run(manifest_path: Path, folder: str | None) -> Run:
     manifest = load_manifest(manifest_path)
     run = Run(manifest, open_store(folder or f"runs/{manifest.name}"))
     if run.store.exists(RUN):
-        known = _read_description(run.store)["name"]
+        known = _read_description(run.store).name
         if known != manifest.name:
             raise UsageError(
                 f"{run.store.uri} is the run of manifest {known!r}, not of {manifest.name!r}. "
@@ -67,9 +70,12 @@ def open_run(folder: str) -> Run:
             f"{folder} is not a run folder: expected {RUN} and {MANIFEST} in it. "
             "Runs are made by: flatcensus launch MANIFEST"
         )
-    root = Path(_read_description(store)["root"])
-    text = store.get(MANIFEST).decode()
-    return Run(parse_manifest(text, where=f"{store.uri}/{MANIFEST}", root=root), store)
+    known = _read_description(store)
+    manifest = parse_manifest(
+        store.get(MANIFEST).decode(),
+        where=f"{store.uri}/{MANIFEST}", root=known.root, folders=known.folders,
+    )  # fmt: skip
+    return Run(manifest, store)
 
 
 def execute(
@@ -81,11 +87,11 @@ def execute(
     train_only: bool = False,
 ) -> tuple[Launch, list[Quarantined]]:
     """Probe the store, write the manifest, set damaged shards aside, then run what is to do."""
+    found = resolve(run.manifest, run.store)  # a manifest that cannot be run leaves no trace
     run.store.probe()
     run.store.put(MANIFEST, run.manifest.text.encode())
-    description = {"run_version": RUN_VERSION, "name": run.manifest.name,
-                   "root": str(run.manifest.root)}  # fmt: skip
-    run.store.put(RUN, json.dumps(description, indent=1).encode())
+    run.store.put(RUN, _description(run.manifest))
+    lock_commits((spec.ref for spec in found.specs if spec.ref is not None), run.store)
     run.store.clean_temporaries(TEMPORARY_SECONDS)
     quarantined = verify(run.store)
     result = launch(
@@ -114,11 +120,27 @@ def executor_opener(manifest: Manifest, on: str) -> Callable[[], Executor]:
     return lambda: RayExecutor(manifest.resources, address=None if on == "local" else on)
 
 
-def _read_description(store: Store) -> dict[str, str]:
+class _Description(NamedTuple):
+    """What ``run.json`` keeps: whose run it is, and where its paths start and led to."""
+
+    name: str
+    root: Path
+    folders: tuple[Path, ...]
+
+
+def _description(manifest: Manifest) -> bytes:
+    folders = [str(path) for _, paths in manifest.local for path in paths]
+    known = {"run_version": RUN_VERSION, "name": manifest.name, "root": str(manifest.root),
+             "checkpoint_folders": folders}  # fmt: skip
+    return json.dumps(known, indent=1).encode()
+
+
+def _read_description(store: Store) -> _Description:
     try:
-        description = json.loads(store.get(RUN))
-        version = description["run_version"]
-        known = {"name": str(description["name"]), "root": str(description["root"])}
+        found = json.loads(store.get(RUN))
+        version = found["run_version"]
+        folders = tuple(Path(str(path)) for path in found.get("checkpoint_folders", ()))
+        known = _Description(str(found["name"]), Path(str(found["root"])), folders)
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"{store.uri}/{RUN} is damaged ({error!r}). Launch the manifest again with "
