@@ -66,12 +66,14 @@ def status_table(plan: Plan) -> pd.DataFrame:
 def write_specs(plan: Plan, store: Store) -> None:
     """Keep what each key stands for, so that later plans can say what changed."""
     for item in plan.specs:
-        spec = item.spec
+        spec, name = item.spec, f"{SPEC_FOLDER}/{item.spec.key}.json"
+        if store.exists(name):
+            continue
         known = {
             "checkpoint": spec.checkpoint, "metric": spec.metric, "label": spec.label,
             "fields": spec.fields,
         }  # fmt: skip
-        store.put_new(f"{SPEC_FOLDER}/{spec.key}.json", json.dumps(known, indent=1).encode())
+        store.put_new(name, json.dumps(known, indent=1).encode())
 
 
 def stale_lines(plan: Plan, store: Store) -> list[str]:
