@@ -1,13 +1,10 @@
 """Predicted cost of units, from FLOPs counted on the meta device and one rate per device class.
 
-Predictions choose unit sizes and weight the progress bar; they never change a number. ``calibrate``
-compares them with finished units, so that later plans of a run speak in this machine's seconds.
+Predictions choose unit sizes and weight the progress bar; they never change a number. What they
+are worth on the machines of a run is the subject of pipeline/calibration.py.
 """
 
 from __future__ import annotations
-
-import statistics
-from collections.abc import Iterable
 
 from pipeline.specs import Spec
 from tasks.outline import Outline
@@ -33,16 +30,3 @@ def seconds_per_index(spec: Spec, device: str) -> float:
 def forward_seconds(network: Outline, device: str) -> float:
     """Predicted seconds of one image's no-grad forward."""
     return network.forward_flops / FLOPS_PER_SECOND[device] + SECONDS_PER_IMAGE[device]
-
-
-def calibrate(measured: Iterable[tuple[float, float]]) -> tuple[float, float, float]:
-    """Low, middle and high factor from (predicted, measured) seconds of finished units.
-
-    Without finished units the factor is 1 with a range of 3 either way: predictions on a machine
-    nobody has measured are that good.
-    """
-    ratios = sorted(m / p for p, m in measured if p > 0 and m > 0)
-    if len(ratios) < 4:
-        return 1 / 3, 1.0, 3.0
-    low, *_, high = statistics.quantiles(ratios, n=10)
-    return low, statistics.median(ratios), high

@@ -19,6 +19,7 @@ from pipeline.executor import Executor, Finished
 from pipeline.manifest import Manifest
 from pipeline.outcome import HINTS, FailureClass, Outcome
 from pipeline.plan import Plan, make_plan
+from pipeline.progress import write_specs
 from pipeline.schema import Failure
 from pipeline.specs import Resolved, Task, resolve
 from pipeline.store import Store
@@ -63,16 +64,25 @@ def launch(
     *,
     retry_failed: bool = False,
     train_only: bool = False,
+    resolved: Resolved | None = None,
 ) -> Launch:
     """Run a manifest to the end: every planned range gets a result or a failure row.
 
     Plans in rounds, because later work depends on earlier results: measurements on trained
     checkpoints, further draws on the error bars of the first. Raises StoreError when nothing can be
     written any more; everything committed until then stands.
+
+    Args:
+        manifest: What to audit.
+        store: The run folder.
+        open_executor: Opens the slots, once there is something to do.
+        observer: Hears of every round and every attempt.
+        retry_failed: Try failed units again, once.
+        train_only: Leave measurements alone.
+        resolved: The manifest's specs, if already resolved.
     """
     result, started = Launch(), time.monotonic()
     decisions: dict[tuple[str, int], bool] = {}
-    resolved: Resolved | None = None
     executor: Executor | None = None
     with _interrupts() as interrupts:
         try:
@@ -88,6 +98,7 @@ def launch(
                 result.plan = plan
                 if not units:
                     break
+                write_specs(plan, store)
                 executor = executor or open_executor()
                 observer.planned(plan, executor.num_slots)
                 _Round(manifest, store, executor, observer, result, interrupts).run(units)

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pipeline import cost
+from pipeline.calibration import calibrate, finished_units
+from pipeline.cost import seconds_per_index
 from pipeline.coverage import missing_blocks, without
 from pipeline.manifest import Manifest, ResourceSpec
 from pipeline.shards import ShardName, list_shards
@@ -90,15 +91,21 @@ def make_plan(
         _spec_plan(spec, present.get(spec.key, ()), store, retry_failed, decisions)
         for spec in resolved.specs
     ]
-    units = tuple(unit for item in specs for unit in _units(item, manifest, store, present))
+    planned_blocks: dict[str, list[Block]] = {}
+    units: list[Task] = []
+    for item in specs:
+        # Equal networks, or twins that differ in coverage alone, share their units.
+        known = planned_blocks.setdefault(item.spec.key, [])
+        units += _units(item, without(item.todo, known), manifest, store, present)
+        known += item.todo
     planned = {item.spec.key for item in specs}
     return Plan(
         specs=tuple(specs),
-        units=units,
+        units=tuple(units),
         unresolved=resolved.unresolved,
         waiting=tuple(ref.entry.name for ref in resolved.untrained),
         stale=tuple(sorted(key for key in present if key not in planned)),
-        calibration=(1 / 3, 1.0, 3.0),
+        calibration=calibrate(finished_units(store, planned, present)),
         decisions=decisions,
     )
 
@@ -156,18 +163,22 @@ def _reason(stage: int, have: Sequence[Block], failed: Sequence[Block], retry_fa
 
 
 def _units(
-    item: SpecPlan, manifest: Manifest, store: Store, present: Mapping[str, Sequence[ShardName]]
+    item: SpecPlan,
+    todo: Sequence[Block],
+    manifest: Manifest,
+    store: Store,
+    present: Mapping[str, Sequence[ShardName]],
 ) -> Iterator[Task]:
     spec, resources = item.spec, manifest.resources
-    if not item.todo:
+    if not todo:
         return
     device: Literal["cpu", "cuda"] = "cuda" if resources.num_gpus > 0 else "cpu"
-    per_index = cost.seconds_per_index(spec, device)
+    per_index = seconds_per_index(spec, device)
     size = unit_size(spec, per_index, resources)
     generation = 1 + max(
         (n.generation for n in present.get(spec.key, ()) if n.generation is not None), default=-1
     )
-    for gap in item.todo:
+    for gap in todo:
         for piece in split(gap, size, item.wanted):
             yield Task(
                 spec=spec, block=piece, seed=manifest.seed, store=store.uri,

@@ -17,18 +17,18 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.correlate import correlation_table
+from pipeline.correlate import COLUMNS, correlation_table
 from pipeline.manifest import Manifest
 from pipeline.plan import Plan, SpecPlan
 from pipeline.query import units_table
-from pipeline.shards import Shard, read_shards
+from pipeline.schema import MEASUREMENT_SCHEMA, UNITS_SCHEMA
+from pipeline.shards import Quarantined, Shard, read_shards
 from pipeline.specs import Spec
 from pipeline.store import Store
 from pipeline.tables import frame_columns, spec_frame
 from tasks.measurement import Estimate, Status
 from tasks.training_results import summarize_training
 
-TABLES = ("measurements", "summary", "correlations", "units", "failures")
 NUM_BOOTSTRAP = 2000
 
 _PROVENANCE = ("seconds", "code_version", "torch_version", "timm_version")
@@ -46,21 +46,29 @@ class Tables:
     failures: pd.DataFrame
 
     def arrow(self) -> Mapping[str, pa.Table]:
-        """The tables for DuckDB and Parquet."""
+        """The tables for DuckDB and Parquet: the same columns and types whatever they hold."""
         return {
-            name: pa.Table.from_pandas(getattr(self, name), preserve_index=False) for name in TABLES
+            name: pa.Table.from_pandas(getattr(self, name), schema=schema, preserve_index=False)
+            for name, schema in TABLE_SCHEMAS.items()
         }
 
 
-def reduce_run(manifest: Manifest, plan: Plan, store: Store) -> Tables:
-    """Build all tables of what the manifest wants from what the store holds."""
+def planned_shards(
+    plan: Plan, store: Store, *, quarantined: list[Quarantined] | None = None
+) -> dict[str, list[Shard]]:
+    """The shards of a plan's specs, by key. Damaged ones are set aside: then plan again."""
     shards: dict[str, list[Shard]] = defaultdict(list)
     keys = {item.spec.key for item in plan.specs}
-    for shard in read_shards(store, keys):
+    for shard in read_shards(store, keys, quarantined=quarantined):
         shards[shard.unit.spec_key].append(shard)
+    return shards
+
+
+def reduce_run(manifest: Manifest, plan: Plan, shards: Mapping[str, list[Shard]]) -> Tables:
+    """Build all tables of what the manifest wants from a plan and the shards of its specs."""
     frames, lines = [], []
     for item in plan.specs:
-        found = shards[item.spec.key]
+        found = shards.get(item.spec.key, [])
         frame = spec_frame(found, item.wanted if item.spec.kind == "measure" else None)
         if len(frame):
             frames.append(_measurement_rows(item.spec, frame))
@@ -69,7 +77,9 @@ def reduce_run(manifest: Manifest, plan: Plan, store: Store) -> Tables:
     summary = pd.DataFrame(lines, columns=list(_SUMMARY_TYPES)).astype(_SUMMARY_TYPES)
     units = units_table([s for key in sorted(shards) for s in shards[key]]).to_pandas()
     measurements = (
-        pd.concat(frames, ignore_index=True) if frames else pd.DataFrame({"spec_key": []})
+        pd.concat(frames, ignore_index=True)
+        if frames
+        else pd.DataFrame(columns=TABLE_SCHEMAS["measurements"].names)
     )
     return Tables(
         measurements=measurements,
@@ -99,13 +109,38 @@ _SUMMARY_TYPES = {
     "status": "str", "status_text": "str", "spec_key": "str",
 }  # fmt: skip
 
+_FAILURE_COLUMNS = (
+    "checkpoint", "family", "metric", "label", "start", "stop", "draw_start", "draw_stop",
+    "failure_class", "failure_type", "failure_message", "failure_hint", "failure_traceback",
+)  # fmt: skip
+
+
+def _schema(types: Mapping[str, str]) -> pa.Schema:
+    arrow = {"str": pa.string(), "float64": pa.float64(), "int64": pa.int64()}
+    return pa.schema([pa.field(name, arrow[kind]) for name, kind in types.items()])
+
+
+TABLE_SCHEMAS = {
+    "measurements": pa.schema(
+        [
+            pa.field(f.name, pa.string() if pa.types.is_dictionary(f.type) else f.type)
+            for f in MEASUREMENT_SCHEMA
+            if f.name not in _PROVENANCE
+        ]
+    ),
+    "summary": _schema(_SUMMARY_TYPES),
+    "correlations": _schema(COLUMNS),
+    "units": UNITS_SCHEMA,
+    "failures": pa.schema([UNITS_SCHEMA.field(name) for name in _FAILURE_COLUMNS]),
+}
+
 
 def _measurement_rows(spec: Spec, frame: pd.DataFrame) -> pd.DataFrame:
     """A spec's rows without provenance, named as this manifest names them."""
     rows = frame.drop(columns=list(_PROVENANCE))
     for name in rows.columns:
         if isinstance(rows[name].dtype, pd.CategoricalDtype):
-            rows[name] = rows[name].astype("str")
+            rows[name] = rows[name].astype(object)
     # Names are the manifest's, which may differ from those at the time of measuring.
     rows["checkpoint"], rows["family"], rows["label"] = spec.checkpoint, spec.family, spec.label
     rows["series"] = [spec.series(quantity) for quantity in rows["quantity"]]
@@ -190,9 +225,7 @@ def _failure_text(shards: list[Shard]) -> str:
 
 def _failures(units: pd.DataFrame, plan: Plan) -> pd.DataFrame:
     """Failed ranges that nothing made up for, and checkpoints that could not be had."""
-    columns = ["checkpoint", "family", "metric", "label", "start", "stop", "draw_start",
-               "draw_stop", "failure_class", "failure_type", "failure_message", "failure_hint",
-               "failure_traceback"]  # fmt: skip
+    columns = list(_FAILURE_COLUMNS)
     is_open = (units["status"] == "failed") & ~units["superseded"].astype(bool)
     failed: pd.DataFrame = units.loc[is_open, columns]
     absent = pd.DataFrame(

@@ -19,7 +19,7 @@ from pipeline.executor import Executor, InlineExecutor, RayExecutor
 from pipeline.lock import lock_commits
 from pipeline.manifest import Manifest, load_manifest, parse_manifest
 from pipeline.plan import Plan, make_plan
-from pipeline.reduce import Tables, reduce_run, write_tables
+from pipeline.reduce import Tables, planned_shards, reduce_run, write_tables
 from pipeline.shards import Quarantined, read_shards
 from pipeline.specs import resolve
 from pipeline.store import Store, open_store
@@ -40,11 +40,18 @@ class Run:
         """What is done and what is to do."""
         return make_plan(self.manifest, self.store)
 
-    def reduce(self) -> tuple[Plan, Tables]:
-        """Build and publish the tables from the shards as they are now."""
-        plan = self.plan()
-        tables = reduce_run(self.manifest, plan, self.store)
-        write_tables(tables, self.store)
+    def reduce(self, *, publish: bool = True) -> tuple[Plan, Tables]:
+        """Build the tables from the shards as they are now, and publish them in the run folder."""
+        damaged: list[Quarantined] = []
+        while True:
+            plan = self.plan()
+            shards = planned_shards(plan, self.store, quarantined=damaged)
+            if not damaged:
+                break
+            damaged.clear()  # what was set aside is to do again: the plan is another one now
+        tables = reduce_run(self.manifest, plan, shards)
+        if publish:
+            write_tables(tables, self.store)
         return plan, tables
 
 
@@ -101,6 +108,7 @@ def execute(
         observer,
         retry_failed=retry_failed,
         train_only=train_only,
+        resolved=None if quarantined else found,
     )
     return result, quarantined
 

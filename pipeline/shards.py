@@ -225,6 +225,18 @@ def read_shards(
                     quarantined.append(moved)
 
 
+def peek_record(store: Store, key: str) -> UnitRecord | None:
+    """A shard's record from its footer alone, unverified; None if it cannot be read.
+
+    For statistics over many shards that no number depends on.
+    """
+    try:
+        metadata = pq.read_metadata(store.path(key)).metadata or {}
+        return UnitRecord.model_validate_json(metadata[_UNIT.encode()])
+    except (OSError, pa.ArrowInvalid, KeyError, pydantic.ValidationError):
+        return None
+
+
 def quarantine(store: Store, name: ShardName) -> str:
     """Move a shard out of the way, keeping its bytes. Returns the new key."""
     base = name.key.removeprefix("shards/")
