@@ -7,6 +7,7 @@ answers at once. Knobs belong in the manifest; options here only say where and h
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
@@ -15,15 +16,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
+from rich.markup import escape
 
 from pipeline.console import Console, ProgressDisplay
 from pipeline.durations import duration
 from pipeline.errors import (
+    EXIT_ENVIRONMENT,
     EXIT_FAILED_UNITS,
     EXIT_INTERRUPTED,
     EXIT_OK,
     EXIT_UNEXPECTED,
     FlatcensusError,
+    UsageError,
 )
 
 if TYPE_CHECKING:
@@ -113,7 +117,9 @@ def list_things(
     """List what a manifest can name."""
     from pipeline.catalog import catalog
 
-    Console(as_json=as_json).table(catalog(what, pattern))
+    console = Console(as_json=as_json)
+    console.table(catalog(what, pattern))
+    console.next_step("flatcensus plan MANIFEST", "check a manifest that names them")
     return EXIT_OK
 
 
@@ -121,6 +127,7 @@ def list_things(
 @_reported
 def plan(manifest: ManifestArg, run_folder: RunOption = None, as_json: JsonOption = False) -> int:
     """Show what would run, why, and what it would cost. Runs nothing, writes nothing."""
+    from pipeline.labels import counted
     from pipeline.progress import plan_table, stale_lines
     from pipeline.run import start_run
 
@@ -128,11 +135,12 @@ def plan(manifest: ManifestArg, run_folder: RunOption = None, as_json: JsonOptio
     run = start_run(manifest, run_folder)
     current = run.plan()
     console.table(plan_table(current), title=f"plan of {run.manifest.name}")
-    low, middle, high = (current.predicted_seconds * f for f in current.calibration)
-    console.say(
-        f"{len(current.units)} units to do, about {duration(middle)} of one slot "
-        f"({duration(low)} to {duration(high)})"
-    )
+    if current.units:
+        low, middle, high = (current.predicted_seconds * f for f in current.calibration)
+        console.say(
+            f"{counted(len(current.units), 'unit')} to do, about {duration(middle)} of one slot "
+            f"({duration(low)} to {duration(high)})"
+        )
     if current.waiting and run.manifest.measurements:
         console.say(
             f"{len(current.waiting)} checkpoints are to be trained first; "
@@ -142,10 +150,16 @@ def plan(manifest: ManifestArg, run_folder: RunOption = None, as_json: JsonOptio
         console.warn(f"{missing.checkpoint}: {missing.reason}")
     for line in stale_lines(current, run.store):
         console.warn(line)
+    folder = _shown(_relative(run.store.uri))
     if current.units:
-        console.next_step(f"flatcensus launch {_shown(manifest, run_folder)}", "run it")
+        place = f" --run {_shown(run_folder)}" if run_folder else ""
+        console.next_step(f"flatcensus launch {_shown(manifest)}{place}", "run it")
+    elif current.num_failed:
+        console.say(f"nothing is left to do, {current.num_failed} failed")
+        console.next_step(f"flatcensus resume {folder}", "try the failed ones again")
     else:
-        console.next_step(f"flatcensus report {run.store.uri}", "nothing is left to do")
+        console.say("nothing is left to do")
+        console.next_step(f"flatcensus report {folder}", "see what it gave")
     return EXIT_OK
 
 
@@ -191,6 +205,7 @@ def resume(run: RunArg, on: OnOption = "local", as_json: JsonOption = False) -> 
 @_reported
 def status(run: RunArg, as_json: JsonOption = False) -> int:
     """Show what is done, to do and failed. Reads the run folder only."""
+    from pipeline.labels import counted
     from pipeline.progress import status_table
     from pipeline.run import open_run
 
@@ -201,11 +216,12 @@ def status(run: RunArg, as_json: JsonOption = False) -> int:
     for missing in current.unresolved:
         console.warn(f"{missing.checkpoint}: {missing.reason}")
     if current.num_failed:
-        console.next_step(f"flatcensus query {run} failures", "why they failed")
+        console.next_step(f"flatcensus query {_shown(run)} failures", "why they failed")
     elif current.units:
-        console.next_step(f"flatcensus resume {run}", f"{len(current.units)} units are to do")
+        todo = f"{counted(len(current.units), 'unit')} to do"
+        console.next_step(f"flatcensus resume {_shown(run)}", todo)
     else:
-        console.next_step(f"flatcensus report {run}", "all done")
+        console.next_step(f"flatcensus report {_shown(run)}", "all done")
     return EXIT_FAILED_UNITS if current.num_failed else EXIT_OK
 
 
@@ -214,6 +230,7 @@ def status(run: RunArg, as_json: JsonOption = False) -> int:
 def verify(run: RunArg, as_json: JsonOption = False) -> int:
     """Check every byte of every shard; set damaged ones aside so that they are done again."""
     from pipeline.console import table_of
+    from pipeline.labels import counted
     from pipeline.run import open_run
     from pipeline.run import verify as verify_store
     from pipeline.shards import list_shards
@@ -225,9 +242,11 @@ def verify(run: RunArg, as_json: JsonOption = False) -> int:
     if quarantined or as_json:
         records = [item._asdict() for item in quarantined]
         console.table(table_of(records, ["key", "moved_to", "reason"]))
-    console.say(f"{sound} shards are sound, {len(quarantined)} were damaged and set aside")
+    console.say(f"{counted(sound, 'sound shard')}, {len(quarantined)} damaged and set aside")
     if quarantined:
-        console.next_step(f"flatcensus resume {run}", "do the lost units again")
+        console.next_step(f"flatcensus resume {_shown(run)}", "do the lost units again")
+    else:
+        console.next_step(f"flatcensus status {_shown(run)}", "what is done and what is not")
     return EXIT_FAILED_UNITS if quarantined else EXIT_OK
 
 
@@ -254,22 +273,34 @@ def query(
     as_json: JsonOption = False,
 ) -> int:
     """Ask a run by SQL or by filters."""
-    from pipeline.query import connect, is_truncated, run_filters, run_sql
+    from pipeline.query import MAIN_COLUMNS, connect, is_truncated, run_filters, run_sql
     from pipeline.run import open_run
 
     console = Console(as_json=as_json)
-    _, tables = open_run(run).reduce()
-    connection = connect(tables.arrow())
-    if what.strip().isidentifier():
-        names = [c.strip() for c in columns.split(",")] if columns else None
+    _, tables = open_run(run).reduce(publish=False)
+    connection, view = connect(tables.arrow()), what.strip()
+    if view.isidentifier():
+        shown = None if as_json else MAIN_COLUMNS.get(view)
+        names = [c.strip() for c in columns.split(",")] if columns else shown
         result = run_filters(
-            connection, what.strip(), filters=filters or (), columns=names, sort=sort, limit=limit
+            connection, view, filters=filters or (), columns=names, sort=sort, limit=limit
+        )
+    elif filters or columns or sort:
+        raise UsageError(
+            "filters, --columns and --sort are for a view, found them beside SQL: write them "
+            f"into {what!r}, or name a view instead of it"
         )
     else:
         result = run_sql(connection, what, limit=limit)
     console.table(result.to_pandas())
     if is_truncated(result):
         console.warn(f"there are more than {limit} rows; raise --limit to see them")
+    if view == "failures":
+        console.next_step(f"flatcensus resume {_shown(run)}", "when their causes are mended")
+    elif view in MAIN_COLUMNS:
+        console.next_step(f'flatcensus query {_shown(run)} "select * from {view}"', "all columns")
+    else:
+        console.next_step(f"flatcensus report {_shown(run)}", "tables and figures on one page")
     return EXIT_OK
 
 
@@ -280,10 +311,11 @@ def correlate(run: RunArg, as_json: JsonOption = False) -> int:
     from pipeline.run import open_run
 
     console = Console(as_json=as_json)
-    _, tables = open_run(run).reduce()
+    _, tables = open_run(run).reduce(publish=False)
     if not len(tables.correlations):
         console.warn("the manifest names no pairs: add a [[correlations]] table with x and y")
     console.table(tables.correlations)
+    console.next_step(f"flatcensus report {_shown(run)}", "the same with figures")
     return EXIT_OK
 
 
@@ -301,7 +333,11 @@ def report(run: RunArg, as_json: JsonOption = False) -> int:
     console.data({"report": str(written[0]), "files": [str(path) for path in written]})
     if not as_json:
         for path in written:
-            console.out.print(str(path))
+            console.out.print(escape(_relative(str(path))))
+    if current.num_failed:
+        console.next_step(f"flatcensus query {_shown(run)} failures", "why some failed")
+    else:
+        console.next_step(f"flatcensus query {_shown(run)}", "the numbers behind it")
     return EXIT_OK
 
 
@@ -315,7 +351,13 @@ def doctor(on: OnOption = "local", as_json: JsonOption = False) -> int:
     findings = examine(on)
     console.table(findings)
     bad = findings[findings["state"] == "fail"]
-    return EXIT_OK if bad.empty else 4
+    if bad.empty:
+        place = "" if on == "local" else f" --on {_shown(on)}"
+        console.next_step(f"flatcensus demo{place}", "a first run, from training to report")
+        return EXIT_OK
+    if on != "inline":
+        console.next_step("flatcensus doctor --on inline", "does this machine work without Ray?")
+    return EXIT_ENVIRONMENT
 
 
 def _launch(
@@ -337,9 +379,12 @@ def _launch(
     for line in result.nondeterminism:
         console.warn(f"nondeterminism: {line}")
     folder = _relative(run.store.uri)
+    resume = f"flatcensus resume {_shown(folder)}" + (
+        "" if on == "local" else f" --on {_shown(on)}"
+    )
     if result.interrupted:
         console.warn(f"interrupted after {result.committed} units; nothing is lost")
-        console.next_step(f"flatcensus resume {folder}", "continue")
+        console.next_step(resume, "continue")
         return EXIT_INTERRUPTED
     if result.committed == 0 and result.failed == 0:
         console.say(f"nothing is left to do in {folder}")
@@ -353,15 +398,13 @@ def _launch(
         files = write_outputs(run, current, tables)
         _show_results(console, tables, headline(tables), files)
     if current.num_failed:
-        console.warn(f"{current.num_failed} failed: flatcensus query {folder} failures")
-        console.next_step(f"flatcensus resume {folder}", "try the failed ones again")
+        console.warn(f"{current.num_failed} failed: flatcensus query {_shown(folder)} failures")
+        console.next_step(resume, "try the failed ones again")
         return EXIT_FAILED_UNITS
     if train_only:
-        console.next_step(f"flatcensus resume {folder}", "measure the trained checkpoints")
+        console.next_step(resume, "measure the trained checkpoints")
     else:
-        console.next_step(
-            f'flatcensus query {folder} "select * from summary"', "or open the report above"
-        )
+        console.next_step(f"flatcensus query {_shown(folder)}", "or open the report above")
     return EXIT_OK
 
 
@@ -377,8 +420,9 @@ def _show_results(console: Console, tables: Any, lines: list[str], files: list[P
     console.say(f"report: {_relative(str(files[0]))}")
 
 
-def _shown(manifest: Path, run_folder: str | None) -> str:
-    return f"{manifest}" + (f" --run {run_folder}" if run_folder else "")
+def _shown(argument: Path | str) -> str:
+    """An argument as a shell takes it."""
+    return shlex.quote(str(argument))
 
 
 def _relative(path: str) -> str:

@@ -33,6 +33,23 @@ _BATCH_ROWS = 10_000  # chosen
 _ALLOWED = "one SELECT, WITH, FROM, DESCRIBE, SHOW or SUMMARIZE statement"
 
 
+# What a terminal shows of a view unless columns are asked for; the rest is there by SQL.
+MAIN_COLUMNS: dict[str, tuple[str, ...]] = {
+    "summary": (
+        "checkpoint", "series", "value", "stderr", "ci_low", "ci_high", "error_bound",
+        "num_samples", "num_missing", "status",
+    ),
+    "units": (
+        "checkpoint", "metric", "label", "start", "stop", "draw_start", "draw_stop", "status",
+        "attempt", "seconds", "host",
+    ),
+    "failures": (
+        "checkpoint", "metric", "label", "start", "stop", "failure_class", "failure_message",
+        "failure_hint",
+    ),
+}  # fmt: skip
+
+
 def connect(tables: Mapping[str, pa.Table]) -> duckdb.DuckDBPyConnection:
     """Open a locked in-memory database with the tables as views.
 
