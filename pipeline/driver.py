@@ -93,12 +93,12 @@ def launch(
                     manifest, store, resolved=resolved, retry_failed=retry_failed,
                     decisions=decisions,
                 )  # fmt: skip
+                write_specs(plan, store)
                 retry_failed = False  # once; what fails again in this launch stays failed
                 units = [u for u in plan.units if u.spec.kind == "train" or not train_only]
                 result.plan = plan
                 if not units:
                     break
-                write_specs(plan, store)
                 executor = executor or open_executor()
                 observer.planned(plan, executor.num_slots)
                 _Round(manifest, store, executor, observer, result, interrupts).run(units)
