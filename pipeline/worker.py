@@ -88,6 +88,9 @@ class Workbench:
 def run_unit(task: Task, bench: Workbench, progress: Progress | None = None) -> Outcome:
     """Do one unit and commit its shard. All failures come back as an Outcome."""
     torch.set_num_threads(task.threads)
+    # Float32 means float32: by default torch lets convolutions on GPUs round to 10 bits.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
     started, clock = datetime.now(UTC), time.perf_counter()
     try:
         store = open_store(task.store)
