@@ -295,7 +295,7 @@ def query(
     console.table(result.to_pandas())
     if is_truncated(result):
         console.warn(f"there are more than {limit} rows; raise --limit to see them")
-    if view == "failures":
+    if view == "failures" and result.num_rows:
         console.next_step(f"flatcensus resume {_shown(run)}", "when their causes are mended")
     elif view in MAIN_COLUMNS:
         console.next_step(f'flatcensus query {_shown(run)} "select * from {view}"', "all columns")

@@ -37,7 +37,7 @@ class Console:
         self.as_json = as_json
         # Into a file or a pipe, tables keep their full width: readers there do not wrap.
         width = None if sys.stdout.isatty() else PIPE_WIDTH
-        self.out = RichConsole(highlight=False, width=width)
+        self.out = _Out(highlight=False, width=width)
         self.err = RichConsole(stderr=True, soft_wrap=True, highlight=False)
 
     def data(self, value: Mapping[str, Any] | Sequence[Any]) -> None:
@@ -78,6 +78,14 @@ class Console:
     def next_step(self, command: str, why: str) -> None:
         """The next useful command, from the user's own arguments."""
         self.err.print(f"[dim]next:[/] {escape(command)}   [dim]# {escape(why)}[/]")
+
+
+class _Out(RichConsole):
+    """Stdout whose reader may leave early: cli.py then ends the command in peace."""
+
+    def on_broken_pipe(self) -> None:
+        """Rich would exit with code 1."""
+        raise BrokenPipeError
 
 
 def format_cell(value: object) -> str:
