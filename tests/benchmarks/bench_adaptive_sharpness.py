@@ -1,9 +1,6 @@
 """Adaptive sharpness: antithetic group draws against the published recipe, error beside cost.
 
-    python tests/benchmarks/bench_adaptive_sharpness.py [CHECKPOINT_FOLDER ...]
-
-Without arguments, a small ViT is trained for a minute on Fashion-MNIST (or digits). The recipe is
-100 images with 50 one-sided draws each, one image at a time. Two questions:
+The recipe is 100 images with 50 one-sided draws each, one image at a time. Two questions:
 
 ``population``: work for the same standard error of the mean over the image population. ``forwards``
 counts image-forwards, ``speedup`` seconds with one thread, the published loop against ours.
@@ -16,32 +13,25 @@ groups. The recipe's standard error is what the pilot predicts for it on average
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import oracles
 import torch
-from rich.console import Console
 from rich.table import Table as Display
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-import oracles
 
 from tasks.adaptive_sharpness import AdaptiveSharpness
 from tasks.anova import Table, VarianceComponents, variance_components
 from tasks.block import Block
-from tasks.checkpoints import describe_local, load_checkpoint
-from tasks.datasets import preprocessing, tensors
-from tasks.images import DatasetError, load_dataset
-from tasks.measurement import Row, Subject
+from tasks.measurement import Batch, Row, Subject
+
+from . import networks
 
 RECIPE_IMAGES, RECIPE_DRAWS = 100, 50
 RECIPE_FORWARDS = RECIPE_IMAGES * (RECIPE_DRAWS + 1)
@@ -49,38 +39,52 @@ PILOT_IMAGES, PILOT_DRAWS = 1600, 2
 FIXED_DRAWS = 32
 RHOS = (0.1, 0.03, 0.01)
 RESAMPLES = 200
-GREY = {
-    "mean": (0.5,),
-    "std": (0.5,),
-    "interpolation": "bicubic",
-    "crop_pct": 1.0,
-    "crop_mode": "center",
-}
 
 
-def run(checkpoints: list[Path] | None = None, dataset: str | None = None) -> list[dict[str, Any]]:
+def run(checkpoints: Sequence[Path], dataset: str) -> list[dict[str, Any]]:
     """Compare at every rho.
 
     Args:
-        checkpoints: Checkpoint folders; None trains a network.
-        dataset: Where the images come from; None takes Fashion-MNIST where it is installed.
+        checkpoints: Checkpoint folders.
+        dataset: Where the images come from.
 
     Returns:
         One dictionary per network, question, rho and number of our draws.
     """
-    if dataset is None:
-        dataset = "fashion-mnist" if _has_fashion_mnist() else "digits"
-    if checkpoints is None:
-        subjects = [("vit_64_x4", _trained(dataset))]
-    else:
-        subjects = [(path.name, _loaded(path, dataset)) for path in checkpoints]
     rows = []
-    for name, subject in subjects:
+    for path in checkpoints:
+        network = networks.load(path, dataset, num_images=PILOT_IMAGES)
+        subject = _subject(network)
         for rho in RHOS:
             if rho >= 0.03:
-                rows += [{"network": name, **row} for row in _population(subject, rho)]
-            rows.append({"network": name, **_fixed_images(subject, rho)})
+                rows += [{"network": network.name, **row} for row in _population(subject, rho)]
+            rows.append({"network": network.name, **_fixed_images(subject, rho)})
     return rows
+
+
+def table(rows: list[dict[str, Any]]) -> Display:
+    """The rows for reading."""
+    title = f"Sharpness: against {RECIPE_IMAGES} images x {RECIPE_DRAWS} draws, batch 1, one thread"
+    display = Display("network", "question", title=title)
+    for column in (
+        "rho", "draws", "images", "recipe stderr", "our stderr",
+        "forwards ratio", "recipe s", "our s", "time ratio",
+    ):  # fmt: skip
+        display.add_column(column, justify="right")
+    for row in rows:
+        display.add_row(
+            row["network"],
+            row["question"],
+            f"{row['rho']}",
+            f"{row['draws']}",
+            f"{row['images']}",
+            f"{row['recipe_relative_stderr']:.1%}",
+            f"{row['relative_stderr']:.1%}" if "seconds" in row else "the same",
+            f"{row['forwards']:.1f} ± {row['forwards_stderr']:.1f}",
+            *(f"{row[key]:.1f}" if key in row else "" for key in ("recipe_seconds", "seconds")),
+            f"{row['speedup']:.0f}" if "speedup" in row else "",
+        )
+    return display
 
 
 def _population(subject: Subject, rho: float) -> list[dict[str, Any]]:
@@ -226,92 +230,12 @@ def _resample(table: Table, groups: np.ndarray | None) -> Table:
     return Table(*(a.reshape(-1) for a in (values, samples, draws, new + 0 * draws)))
 
 
-def _trained(dataset: str) -> Subject:
-    """A ViT trained for a minute, and images that it was trained on, as in the recipe."""
-    size = 28 if dataset == "fashion-mnist" else 8
-    data_config = GREY | {"input_size": (1, size, size)}
-    train = load_dataset(dataset, split="train")
-    images, labels = tensors(train, data_config, indices=range(min(12000, len(train))))
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = oracles.tiny_vit(
-            img_size=size, patch_size=max(2, size // 4), embed_dim=64, depth=4
-        ).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
-    order, epochs, batch_size = torch.Generator().manual_seed(0), 8, 64
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 2e-3, total_steps=epochs * -(-len(images) // batch_size)
-    )
-    for _ in range(epochs):
-        for index in torch.randperm(len(images), generator=order).split(batch_size):
-            targets = nn.functional.one_hot(labels[index], 10).float()
-            loss = (model(images[index]).sigmoid() - targets).square().sum(1).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    return _subject(model, images[:PILOT_IMAGES], labels[:PILOT_IMAGES])
-
-
-def _loaded(path: Path, dataset: str) -> Subject:
-    """A checkpoint and test images in the form that it takes."""
-    loaded = load_checkpoint(describe_local(path))
-    test = load_dataset(dataset, split="test")
-    transform = preprocessing(loaded.data_config)
-    indices = range(min(PILOT_IMAGES, len(test)))
-    images = torch.stack([transform(test.image(i)) for i in indices])
-    return _subject(loaded.model, images, torch.tensor([test.label(i) for i in indices]))
-
-
-def _subject(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Subject:
+def _subject(network: networks.Network) -> Subject:
     """Endless images: few of a small test set are taken several times."""
-    subject = oracles.make_subject(model, images, labels, batch_size=8)
+    subject = oracles.make_subject(network.model, network.images, network.labels, batch_size=8)
 
-    def batch(samples):
-        found = subject.batch([i % len(images) for i in samples])
+    def batch(samples: Sequence[int]) -> Batch:
+        found = subject.batch([i % len(network.images) for i in samples])
         return dataclasses.replace(found, samples=tuple(samples))
 
     return dataclasses.replace(subject, batch=batch)
-
-
-def _has_fashion_mnist() -> bool:
-    try:
-        load_dataset("fashion-mnist", split="test")
-    except DatasetError:
-        return False
-    return True
-
-
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoints", nargs="*", type=Path)
-    parser.add_argument("--dataset")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    rows = run(arguments.checkpoints or None, arguments.dataset)
-    title = f"against {RECIPE_IMAGES} images x {RECIPE_DRAWS} draws, batch 1, one thread"
-    display = Display("network", "question", title=title)
-    for column in (
-        "rho", "draws", "images", "recipe stderr", "our stderr",
-        "forwards ratio", "recipe s", "our s", "time ratio",
-    ):  # fmt: skip
-        display.add_column(column, justify="right")
-    for row in rows:
-        display.add_row(
-            row["network"],
-            row["question"],
-            f"{row['rho']}",
-            f"{row['draws']}",
-            f"{row['images']}",
-            f"{row['recipe_relative_stderr']:.1%}",
-            f"{row['relative_stderr']:.1%}" if "seconds" in row else "the same",
-            f"{row['forwards']:.1f} ± {row['forwards_stderr']:.1f}",
-            *(f"{row[key]:.1f}" if key in row else "" for key in ("recipe_seconds", "seconds")),
-            f"{row['speedup']:.0f}" if "speedup" in row else "",
-        )
-    Console(width=130).print(display)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,80 +1,75 @@
 """Maximum local sensitivity: our Lanczos against the published code's search, error beside time.
 
-    python tests/benchmarks/bench_mls.py [CHECKPOINT_FOLDER ...]
-
-Without arguments, small ViTs are trained for a minute on Fashion-MNIST (or digits). Every method
-measures the same test images with one thread; the truth is the dense Jacobian in float64. Times
-are CPU seconds of the process, which are the wall time of one thread on an idle machine. The
-published recipe runs one image at a time, as its script does. The self-test, once per network and
-the same for all methods, is outside the times.
+Every method measures the same test images with one thread; the truth is the dense Jacobian in
+float64. Times are CPU seconds of the process, which are the wall time of one thread on an idle
+machine. The published recipe runs one image at a time, as its script does. The self-test, once per
+network and the same for all methods, is outside the times.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import oracles
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-import oracles
-
 from tasks.block import Block
-from tasks.checkpoints import describe_local, load_checkpoint
-from tasks.datasets import preprocessing, tensors
-from tasks.images import DatasetError, load_dataset
 from tasks.measurement import Row, Subject
 from tasks.self_test import self_test
 from tasks.sensitivity import NormalizedMls
 
+from . import networks
+
 NUM_IMAGES = 16
 BATCH_SIZE = 16
 REPEATS = 2  # the minimum is kept: neighbours only ever add time, through the shared caches
-GREY = {
-    "mean": (0.5,),
-    "std": (0.5,),
-    "interpolation": "bicubic",
-    "crop_pct": 1.0,
-    "crop_mode": "center",
-}
-# Image and patch sizes follow the data set: 49 tokens of Fashion-MNIST, 16 of digits.
-NETWORKS: dict[str, dict[str, Any]] = {
-    "vit_64_x4": {"embed_dim": 64, "depth": 4, "num_heads": 4},
-    "vit_96_x6": {"embed_dim": 96, "depth": 6, "num_heads": 6},
-    "vit_scaled": {"embed_dim": 64, "depth": 4, "num_heads": 2, "init_values": 0.1},
-}
 
 
-def run(checkpoints: list[Path] | None = None, dataset: str | None = None) -> list[dict[str, Any]]:
+def run(checkpoints: Sequence[Path], dataset: str) -> list[dict[str, Any]]:
     """Measure every network with every method.
 
     Args:
-        checkpoints: Checkpoint folders; None trains the networks above.
-        dataset: Where the images come from; None takes Fashion-MNIST where it is installed.
+        checkpoints: Checkpoint folders.
+        dataset: Where the images come from.
 
     Returns:
         One dictionary per network and method: seconds per image, ``speedup`` over the published
-        recipe, ``forwards`` (seconds in units of one no-grad forward of the same batch), observed
+        recipe, ``forwards`` (seconds in units of one no-grad forward of the same batch),
+        ``forward_equivalents`` (the same by counting products, median over images), observed
         relative errors of sigma_1 and the certified relative width (NaN without one).
     """
-    if dataset is None:
-        dataset = "fashion-mnist" if _has_fashion_mnist() else "digits"
-    if checkpoints is None:
-        networks = [(name, *_trained(settings, dataset)) for name, settings in NETWORKS.items()]
-    else:
-        networks = [(path.name, *_loaded(path, dataset)) for path in checkpoints]
-    return [row for name, model, images in networks for row in _compare(name, model, images)]
+    found = [networks.load(path, dataset, num_images=NUM_IMAGES) for path in checkpoints]
+    return [row for n in found for row in _compare(n.name, n.model, n.images)]
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """The rows for reading."""
+    title = f"Sensitivity: {NUM_IMAGES} images, batch {BATCH_SIZE}, one thread"
+    shown = Table("network", "method", title=title)
+    for column in ("ms / image", "speed-up", "forwards", "counted", "error median", "max", "width",
+                   "steps"):  # fmt: skip
+        shown.add_column(column, justify="right")
+    for row in rows:
+        shown.add_row(
+            row["network"],
+            row["method"],
+            f"{1e3 * row['seconds_per_image']:.2f}",
+            f"{row['speedup']:.1f}",
+            f"{row['forwards']:.1f}",
+            f"{row['forward_equivalents']:.1f}",
+            f"{row['median_error']:.1e}",
+            f"{row['max_error']:.1e}",
+            f"{row['certified_width']:.1e}",
+            f"{row['steps']:.0f}",
+        )
+    return shown
 
 
 def _compare(name: str, model: nn.Module, images: torch.Tensor) -> list[dict[str, Any]]:
@@ -103,7 +98,8 @@ def _compare(name: str, model: nn.Module, images: torch.Tensor) -> list[dict[str
     seconds = _interleaved_minimum(calls)
     rows = []
     for label, (subject, measurement) in methods.items():
-        found = _measure(subject, measurement)
+        both = measurement.measure(subject, Block(range(NUM_IMAGES)))
+        found = _of("mls", both)
         errors = np.abs(_values(found) / truth - 1)
         widths = [
             float("nan") if row.upper is None or row.lower is None else row.upper - row.lower
@@ -116,6 +112,9 @@ def _compare(name: str, model: nn.Module, images: torch.Tensor) -> list[dict[str
                 "seconds_per_image": seconds[label] / len(images),
                 "speedup": seconds["authors, one by one"] / seconds[label],
                 "forwards": seconds[label] / seconds["forward"],
+                "forward_equivalents": float(
+                    np.median([row.forward_equivalents for row in _of("normalized_mls", both)])
+                ),
                 "median_error": float(np.median(errors)),
                 "max_error": float(errors.max()),
                 "certified_width": float(np.max(np.array(widths) / truth)),
@@ -135,8 +134,11 @@ def _fewest_steps(subject: Subject, truth: np.ndarray, *, within: float) -> Norm
 
 
 def _measure(subject: Subject, measurement: NormalizedMls) -> list[Row]:
-    rows = measurement.measure(subject, Block(range(NUM_IMAGES)))
-    return [row for row in rows if row.quantity == "mls"]
+    return _of("mls", measurement.measure(subject, Block(range(NUM_IMAGES))))
+
+
+def _of(quantity: str, rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row.quantity == quantity]
 
 
 def _values(rows: list[Row]) -> np.ndarray:
@@ -161,70 +163,3 @@ def _interleaved_minimum(calls: dict[str, Callable[[], Any]]) -> dict[str, float
                 if repeat:
                     best[label] = min(best[label], elapsed)
     return best
-
-
-def _trained(settings: dict[str, Any], dataset: str) -> tuple[nn.Module, torch.Tensor]:
-    """A ViT trained briefly on 6000 images, and test images."""
-    size = 28 if dataset == "fashion-mnist" else 8
-    data_config = GREY | {"input_size": (1, size, size)}
-    train, test = (load_dataset(dataset, split=split) for split in ("train", "test"))
-    images, labels = tensors(train, data_config, indices=range(min(6000, len(train))))
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = oracles.tiny_vit(img_size=size, patch_size=max(2, size // 7), **settings).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
-    order = torch.Generator().manual_seed(0)
-    for _ in range(3):
-        for index in torch.randperm(len(images), generator=order).split(64):
-            targets = nn.functional.one_hot(labels[index], 10).float()
-            loss = nn.functional.binary_cross_entropy_with_logits(model(images[index]), targets)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return model.eval(), tensors(test, data_config, indices=range(NUM_IMAGES))[0]
-
-
-def _loaded(path: Path, dataset: str) -> tuple[nn.Module, torch.Tensor]:
-    """A checkpoint and test images in the form that it takes."""
-    loaded = load_checkpoint(describe_local(path))
-    test = load_dataset(dataset, split="test")
-    transform = preprocessing(loaded.data_config)
-    return loaded.model, torch.stack([transform(test.image(i)) for i in range(NUM_IMAGES)])
-
-
-def _has_fashion_mnist() -> bool:
-    try:
-        load_dataset("fashion-mnist", split="test")
-    except DatasetError:
-        return False
-    return True
-
-
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoints", nargs="*", type=Path)
-    parser.add_argument("--dataset")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    rows = run(arguments.checkpoints or None, arguments.dataset)
-    table = Table("network", "method", title=f"{NUM_IMAGES} images, batch {BATCH_SIZE}, one thread")
-    for column in ("ms / image", "speed-up", "forwards", "error median", "max", "width", "steps"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(
-            row["network"],
-            row["method"],
-            f"{1e3 * row['seconds_per_image']:.2f}",
-            f"{row['speedup']:.1f}",
-            f"{row['forwards']:.1f}",
-            f"{row['median_error']:.1e}",
-            f"{row['max_error']:.1e}",
-            f"{row['certified_width']:.1e}",
-            f"{row['steps']:.0f}",
-        )
-    Console(width=120).print(table)
-
-
-if __name__ == "__main__":
-    main()
