@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from pipeline.specs import Task
 
 SLOT_START_SECONDS = 120.0  # an actor that is not up by then never will be: chosen
+KNOCK_SECONDS = 10.0  # for a cluster's head to accept a connection: chosen
 
 
 @dataclass(frozen=True)
@@ -197,12 +200,20 @@ def _connect(address: str | None) -> None:
         ray.init(include_dashboard=False, num_cpus=os.cpu_count(), **options)
         return
     try:
+        _knock(address)  # Ray itself would try for two minutes
         ray.init(address=address, **options)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ResourceError(
             f"no Ray cluster answers at {address!r} ({error}). Start one with "
             "`ray start --head`, or use --on local"
         ) from error
+
+
+def _knock(address: str) -> None:
+    """Raise OSError if nothing listens at ``[ray://]host:port``; other addresses are Ray's."""
+    match = re.fullmatch(r"(?:ray://)?([^/:]+):([0-9]+)", address)
+    if match:
+        socket.create_connection((match[1], int(match[2])), timeout=KNOCK_SECONDS).close()
 
 
 def _environment(resources: ResourceSpec) -> dict[str, str]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from typing import Any
 
 import pandas as pd
+import pydantic
 
 from pipeline.plan import Plan, SpecPlan
 from pipeline.store import Store
@@ -80,23 +82,40 @@ def stale_lines(plan: Plan, store: Store) -> list[str]:
     """For results that the manifest no longer asks for: which field differs from what it asks."""
     lines = []
     for key in plan.stale:
-        name = f"{SPEC_FOLDER}/{key}.json"
-        if not store.exists(name):
+        old = _known_spec(store, key)
+        if old is None:
             lines.append(f"shards/{key}: results of unknown settings, kept and not used")
             continue
-        old = json.loads(store.get(name))
-        what = f"{old['checkpoint']} {old['metric']}" + (f"@{old['label']}" if old["label"] else "")
+        what = f"{old.checkpoint} {old.metric}" + (f"@{old.label}" if old.label else "")
         twins = [
             item.spec
             for item in plan.specs
-            if (item.spec.checkpoint, item.spec.metric) == (old["checkpoint"], old["metric"])
+            if (item.spec.checkpoint, item.spec.metric) == (old.checkpoint, old.metric)
         ]
-        twin = next((t for t in twins if t.label == old["label"]), twins[0] if twins else None)
-        changes = (
-            _differences(old["fields"], twin.fields) if twin else ["no longer in the manifest"]
-        )
+        twin = next((t for t in twins if t.label == old.label), twins[0] if twins else None)
+        changes = _differences(old.fields, twin.fields) if twin else ["no longer in the manifest"]
         lines.append(f"stale: {what} ({'; '.join(changes)}); kept and not used")
     return lines
+
+
+class _KnownSpec(pydantic.BaseModel):
+    """What ``write_specs`` keeps of a spec."""
+
+    checkpoint: str
+    metric: str
+    label: str
+    fields: dict[str, Any]
+
+
+def _known_spec(store: Store, key: str) -> _KnownSpec | None:
+    """What a key stands for; None if nobody wrote it down or the file is damaged."""
+    name = f"{SPEC_FOLDER}/{key}.json"
+    if not store.exists(name):
+        return None
+    try:
+        return _KnownSpec.model_validate_json(store.get(name))
+    except pydantic.ValidationError:
+        return None
 
 
 def _differences(old: object, new: object, path: str = "") -> list[str]:

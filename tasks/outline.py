@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tasks.checkpoint_folder import read_config
-from tasks.checkpoints import CheckpointRef
+from tasks.checkpoints import CheckpointError, CheckpointRef
 from tasks.networks import NETWORKS, build_network
 
 
@@ -42,14 +42,23 @@ def outline(ref: CheckpointRef) -> Outline:
     """Outline a checkpoint from its architecture and configuration alone.
 
     Raises:
-        CheckpointError: If the folder's configuration cannot be read.
+        CheckpointError: If the folder's configuration cannot be read or no network can be built
+            from it.
     """
     if ref.identity not in _outlines:
         config = {}
         if ref.source == "local" and ref.path:
             config = read_config(Path(ref.path))["pretrained_cfg"]
         name = ref.name if ref.source == "timm" else ref.architecture
-        _outlines[ref.identity] = outline_architecture(name, ref.model_args, config)
+        try:
+            _outlines[ref.identity] = outline_architecture(name, ref.model_args, config)
+        # What constructors and forwards raise when arguments do not fit them or each other.
+        except (AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{ref.path or name}: no {ref.architecture} can be built from its configuration "
+                f"({str(error).splitlines()[0] if str(error) else type(error).__name__}). "
+                "Correct model_args or pretrained_cfg in its config.json."
+            ) from error
     return _outlines[ref.identity]
 
 
