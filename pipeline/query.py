@@ -44,8 +44,8 @@ MAIN_COLUMNS: dict[str, tuple[str, ...]] = {
         "attempt", "seconds", "host",
     ),
     "failures": (
-        "checkpoint", "metric", "label", "start", "stop", "failure_class", "failure_message",
-        "failure_hint",
+        "checkpoint", "metric", "label", "start", "stop", "draw_start", "draw_stop",
+        "failure_class", "failure_message", "failure_hint",
     ),
 }  # fmt: skip
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.correlate import COLUMNS, correlation_table
+from pipeline.coverage import missing
 from pipeline.manifest import Manifest
 from pipeline.plan import Plan, SpecPlan
 from pipeline.query import units_table
@@ -155,10 +156,10 @@ def _summary_lines(
     if item.todo or item.failed:
         failed = bool(item.failed)
         text = _failure_text(shards) if failed else Status.INCOMPLETE.sentence
-        lacking = sum(len(r) for r in (*item.todo, *item.failed))
+        lacking = missing([block.samples for block in (*item.todo, *item.failed)], ())
         return [
             _line(spec, _nothing(quantity), status="failed" if failed else "incomplete",
-                  text=text, num_missing=lacking)
+                  text=text, num_missing=sum(map(len, lacking)))
             for quantity in spec.quantities
         ]  # fmt: skip
     columns = frame_columns(frame)
@@ -227,7 +228,13 @@ def _failures(units: pd.DataFrame, plan: Plan) -> pd.DataFrame:
     """Failed ranges that nothing made up for, and checkpoints that could not be had."""
     columns = list(_FAILURE_COLUMNS)
     is_open = (units["status"] == "failed") & ~units["superseded"].astype(bool)
-    failed: pd.DataFrame = units.loc[is_open, columns]
+    by_key = dict(iter(units.loc[is_open].groupby("spec_key")))
+    # Names are the manifest's: equal networks share their units, and folders may be renamed.
+    failed = [
+        by_key[s.key].assign(checkpoint=s.checkpoint, family=s.family, label=s.label)[columns]
+        for s in (item.spec for item in plan.specs)
+        if s.key in by_key
+    ]
     absent = pd.DataFrame(
         [
             {
@@ -240,4 +247,4 @@ def _failures(units: pd.DataFrame, plan: Plan) -> pd.DataFrame:
         columns=columns,
     )  # fmt: skip
     integers = dict.fromkeys(("start", "stop", "draw_start", "draw_stop"), "Int64")
-    return pd.concat([failed.astype(integers), absent.astype(integers)], ignore_index=True)
+    return pd.concat([f.astype(integers) for f in (*failed, absent)], ignore_index=True)
