@@ -77,12 +77,14 @@ def open_run(folder: str) -> Run:
             f"{folder} is not a run folder: expected {RUN} and {MANIFEST} in it. "
             "Runs are made by: flatcensus launch MANIFEST"
         )
-    known = _read_description(store)
-    manifest = parse_manifest(
-        store.get(MANIFEST).decode(),
-        where=f"{store.uri}/{MANIFEST}", root=known.root, folders=known.folders,
-    )  # fmt: skip
-    return Run(manifest, store)
+    known, where = _read_description(store), f"{store.uri}/{MANIFEST}"
+    try:
+        text = store.get(MANIFEST).decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{where} is damaged ({error}). Launch the manifest again with --run {store.uri}"
+        ) from error
+    return Run(parse_manifest(text, where=where, root=known.root, folders=known.folders), store)
 
 
 def execute(
