@@ -46,9 +46,8 @@ def test_every_series_command_method_status_and_exit_code_is_listed():
     assert {*(s.value for s in Status), "failed"} < set(quoted(statuses["meaning"]))
 
     (listed,) = [t for t in tables(README) if "command" in t[0]]
-    assert {quoted(row["command"])[0] for row in listed} == set(
-        typer.main.get_command(app).commands
-    )
+    commands: Any = typer.main.get_command(app)
+    assert {quoted(row["command"])[0] for row in listed} == set(commands.commands)
 
     metric, methods = "", {}
     for row in tables(section(README, "Choose a method"))[0]:
