@@ -1,0 +1,313 @@
+"""The plan: exactly what is missing, cut alike whatever was done before, each with its reason."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from commands import call
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from populations import Quiet, save_mlp, write_manifest
+
+from pipeline.calibration import MAX_RECORDS, UNMEASURED, calibrate, finished_units
+from pipeline.coverage import missing_blocks
+from pipeline.manifest import ResourceSpec
+from pipeline.plan import make_plan, split, unit_size
+from pipeline.progress import SPEC_FOLDER, plan_table, stale_lines, status_table
+from pipeline.run import Run, execute, start_run
+from pipeline.shards import list_shards, shard_key
+from pipeline.specs import resolve
+from tasks.block import Block
+
+SHARPNESS = '[[measurements]]\nmetric = "adaptive_sharpness"\n'
+UNREACHABLE = SHARPNESS + "target_relative_stderr = 1e-9\nmax_draws = {draws}\n"
+
+blocks = st.builds(
+    lambda a, b, c, d: Block(range(a, a + b), range(c, c + d)),
+    st.integers(0, 60), st.integers(1, 40), st.integers(0, 6), st.integers(1, 4),
+)  # fmt: skip
+
+
+def pairs(found) -> list[tuple[int, int]]:
+    return [p for block in found for p in itertools.product(block.samples, block.draws)]
+
+
+def spec_like(alignment: int) -> Any:
+    return SimpleNamespace(alignment=alignment, entry=object())
+
+
+def prepare(folder: Path, *, networks: int = 1, **options: Any) -> Run:
+    for seed in range(networks):
+        save_mlp(folder / f"checkpoints/mlp{seed}", seed=seed)
+    return start_run(write_manifest(folder / "m.toml", **options), str(folder / "run"))
+
+
+def done(run: Run) -> Run:
+    result, _ = execute(run, Quiet(), on="inline")
+    assert result.failed == 0
+    return run
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(blocks, max_size=6), st.integers(1, 64), st.integers(1, 6), st.integers(1, 300)
+)  # fmt: skip
+def test_units_tile_exactly_what_is_missing(have, samples, draws, size):
+    wanted = Block(range(samples), range(draws))
+    units = [u for gap in missing_blocks(wanted, have) for u in split(gap, size, wanted)]
+    found = pairs(units)
+    assert len(found) == len(set(found)), "a pair is done twice"
+    assert set(found) == set(pairs([wanted])) - set(pairs(have))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    alignment=st.sampled_from([1, 4, 8, 10, 32]),
+    batch=st.integers(1, 64),
+    seconds=st.floats(1e-3, 1e3),
+    per_index=st.floats(1e-4, 1.0),
+)
+def test_units_are_whole_groups_and_whole_batches_of_about_the_wanted_time(
+    alignment: int, batch: int, seconds: float, per_index: float
+):
+    resources = ResourceSpec(batch_size=batch, unit_seconds=seconds)
+    size = unit_size(spec_like(alignment), per_index, resources)
+    assert size % alignment == size % batch == 0
+    smallest = np.lcm(alignment, batch)
+    assert size * per_index <= seconds * (1 + 1e-9) or size == smallest
+    assert (size + smallest) * per_index > seconds * (1 - 1e-9)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 64), st.integers(1, 16), st.sampled_from([8, 16, 32]), st.integers(1, 12))
+def test_no_unit_boundary_lies_inside_a_group(samples, draws, alignment, multiple):
+    wanted, size = Block(range(samples), range(draws)), alignment * multiple
+    for unit in split(wanted, size, wanted):
+        assert unit.samples.start % alignment == 0
+        assert unit.samples.stop % alignment == 0 or unit.samples.stop == samples
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(blocks, max_size=4), st.integers(8, 64), st.integers(1, 200))
+def test_gaps_are_cut_on_the_same_grid_as_the_whole(have, samples, size):
+    """So a resumed run asks for the units that the first one would have done."""
+    wanted = Block(range(samples), range(4))
+
+    def edges(block: Block) -> set[int]:
+        return {u.samples.start for u in split(block, size, wanted)} - {block.samples.start}
+
+    grid = edges(wanted)
+    for gap in missing_blocks(wanted, have):
+        assert edges(gap) <= grid
+
+
+def test_a_first_plan_wants_everything_once_and_says_why(tmp_path: Path):
+    run = prepare(tmp_path, networks=2, samples=64, resources="unit_seconds = 1e-6\nbatch_size = 8")
+    plan = run.plan()
+    assert [(u.spec.checkpoint, u.block) for u in plan.units] == [
+        (name, Block(samples))
+        for name in ("mlp0", "mlp1")
+        for samples in (range(32), range(32, 64))
+    ]
+    table = plan_table(plan)
+    assert list(table["units"]) == [2, 2]
+    assert set(table["state"]) == {"todo"}
+    assert set(table["reason"]) == {"no result with these settings"}
+    assert table["seconds"].sum() == pytest.approx(plan.predicted_seconds, abs=0.2)
+
+
+def test_other_unit_sizes_recompute_nothing_that_is_there(tmp_path: Path):
+    run = prepare(tmp_path, samples=96, resources="unit_seconds = 1e-6")
+    done(run)
+    shards = list_shards(run.store)
+    victim = next(iter(shards.values()))[1]
+    run.store.path(victim.key).unlink()
+    again = prepare(tmp_path, samples=96, resources="unit_seconds = 100.0\nbatch_size = 64")
+    (unit,) = again.plan().units
+    assert unit.block == victim.block
+    done(again)
+    assert not again.plan().units
+    assert list_shards(again.store) == shards
+
+
+def test_more_samples_add_only_what_is_new_and_fewer_ask_for_nothing(tmp_path: Path):
+    done(prepare(tmp_path, samples=40))
+    grown = prepare(tmp_path, samples=70)
+    assert [u.block.samples for u in grown.plan().units] == [range(40, 70)]
+    (line,) = plan_table(grown.plan())["reason"]
+    assert line == "some samples missing"
+    assert not prepare(tmp_path, samples=10).plan().units
+    _, tables = prepare(tmp_path, samples=10).reduce()
+    assert set(tables.summary["num_samples"]) == {10}
+
+
+def test_stages_advance_only_on_complete_rows(tmp_path: Path):
+    run = prepare(
+        tmp_path, samples=16, measurements=UNREACHABLE.format(draws=8),
+        resources="unit_seconds = 1e-6\nbatch_size = 8",
+    )  # fmt: skip
+    first = run.plan()
+    assert pairs(u.block for u in first.units) == pairs(
+        Block(range(8 * i, 8 * i + 8), range(d, d + 1)) for d in range(2) for i in range(2)
+    )
+    done(run)
+    (spec,) = run.plan().specs
+    assert (spec.stage, spec.wanted) == (2, Block(range(16), range(8)))
+    # Without one unit of the first look, later ones are not looked at, although they are there.
+    run.store.path(shard_key(spec.spec.key, Block(range(8), range(1)))).unlink()
+    (spec,) = (plan := run.plan()).specs
+    assert (spec.stage, spec.wanted) == (0, Block(range(16), range(2)))
+    assert [u.block for u in plan.units] == [Block(range(8), range(1))]
+    done(run)
+    assert run.plan().specs[0].stage == 2
+
+
+def test_a_larger_budget_goes_on_where_the_smaller_one_ended(tmp_path: Path):
+    small = prepare(tmp_path, samples=16, measurements=UNREACHABLE.format(draws=4))
+    done(small)
+    _, tables = small.reduce()
+    large = prepare(tmp_path, samples=16, measurements=UNREACHABLE.format(draws=8))
+    assert [u.block.draws for u in large.plan().units] == [range(4, 8)]
+    assert large.plan().specs[0].reason == "error bar above its target after look 2"
+    done(large)
+    _, again = prepare(tmp_path, samples=16, measurements=UNREACHABLE.format(draws=4)).reduce()
+    assert again.summary.equals(tables.summary), "rows beyond the budget were used"
+
+
+def test_equal_networks_and_twins_of_coverage_share_their_units(tmp_path: Path):
+    save_mlp(tmp_path / "checkpoints/a", seed=0)
+    shutil.copytree(tmp_path / "checkpoints/a", tmp_path / "checkpoints/b")
+    twins = UNREACHABLE.format(draws=2) + UNREACHABLE.format(draws=4) + 'label = "long"\n'
+    path = write_manifest(tmp_path / "m.toml", samples=16, measurements=twins)
+    run = start_run(path, str(tmp_path / "run"))
+    found = pairs(u.block for u in run.plan().units)
+    assert len(found) == len(set(found)) == 16 * 2
+    done(run)
+    (key,) = list_shards(run.store)
+    assert {s.spec.key for s in run.plan().specs} == {key}
+    _, tables = run.reduce()
+    values = tables.summary.pivot(index="checkpoint", columns="series", values="value")
+    assert (values.loc["a"] == values.loc["b"]).all()
+    rows = tables.summary.set_index(["checkpoint", "series"])["num_rows"]
+    assert rows["a", "adaptive_sharpness"] * 2 == rows["b", "adaptive_sharpness@long"] == 16 * 4
+
+
+def test_failed_blocks_are_done_again_only_on_request(tmp_path: Path):
+    from pipeline.schema import Failure
+    from pipeline.worker import write_failure
+
+    run = prepare(tmp_path, samples=64, resources="unit_seconds = 1e-6")
+    first, second = run.plan().units
+    failure = Failure(class_="permanent", type="Broken", message="on purpose")
+    write_failure(run.store, first, failure)
+    plan = run.plan()
+    assert [u.block for u in plan.units] == [second.block]
+    (item,) = plan.specs
+    assert (item.state, item.failed) == ("todo", (first.block,))
+    assert item.reason == "failed before; `flatcensus resume` tries again"
+    assert plan.num_failed == 1
+
+    again = make_plan(run.manifest, run.store, retry_failed=True)
+    assert [u.block for u in again.units] == [first.block, second.block]
+    assert again.units[0].generation == 1, "a second failure needs a name of its own"
+    done(run)
+    assert run.plan().specs[0].state == "failed"
+    assert list(status_table(run.plan())["failed"]) == [1]
+    execute(run, Quiet(), on="inline", retry_failed=True)
+    assert run.plan().specs[0].state == "done"
+
+
+def test_a_failure_of_part_of_a_range_leaves_the_rest_to_do(tmp_path: Path):
+    from pipeline.schema import Failure
+    from pipeline.worker import write_failure
+
+    run = prepare(tmp_path, samples=64)
+    (unit,) = run.plan().units
+    part = dataclasses.replace(unit, block=Block(range(32)))
+    write_failure(run.store, part, Failure(class_="crash", type="Died", message="x"))
+    (item,) = run.plan().specs
+    assert item.todo == (Block(range(32, 64)),)
+    assert item.failed == (Block(range(32)),)
+
+
+def test_stale_results_are_named_with_the_field_that_differs(tmp_path: Path):
+    done(prepare(tmp_path, networks=2, samples=16, measurements=UNREACHABLE.format(draws=2)))
+    other = prepare(tmp_path, samples=16, measurements=UNREACHABLE.format(draws=2) + "rho = 0.2\n")
+    plan = other.plan()
+    assert sorted(stale_lines(plan, other.store)) == [
+        f"stale: {name} adaptive_sharpness (measurement.rho 0.1 -> 0.2); kept and not used"
+        for name in ("mlp0", "mlp1")
+    ]
+    answer = call("plan", tmp_path / "m.toml", "--run", tmp_path / "run")
+    assert answer.err.count("measurement.rho 0.1 -> 0.2") == 2
+
+    shutil.rmtree(tmp_path / "checkpoints/mlp1")
+    gone = prepare(tmp_path, samples=16, measurements=UNREACHABLE.format(draws=2))
+    (line,) = stale_lines(gone.plan(), gone.store)
+    assert line == "stale: mlp1 adaptive_sharpness (no longer in the manifest); kept and not used"
+
+    save_mlp(tmp_path / "checkpoints/mlp0", seed=5)
+    retrained = start_run(tmp_path / "m.toml", str(tmp_path / "run"))
+    lines = stale_lines(retrained.plan(), retrained.store)
+    assert any("checkpoint sha256:" in line and "->" in line for line in lines)
+
+
+def test_a_launch_keeps_what_each_key_stands_for(tmp_path: Path):
+    run = done(prepare(tmp_path, networks=2, samples=16))
+    kept = {name.removeprefix(f"{SPEC_FOLDER}/") for name in run.store.list(f"{SPEC_FOLDER}/")}
+    assert kept == {f"{item.spec.key}.json" for item in run.plan().specs}
+
+
+def test_calibration_is_the_ratio_of_sums_with_the_range_of_single_units():
+    assert calibrate([]) == UNMEASURED
+    assert calibrate([(1.0, 2.0)] * 3) == UNMEASURED
+    assert calibrate([(1.0, 2.0)] * 4) == pytest.approx((2.0, 2.0, 2.0))
+    measured = [(1.0, r) for r in np.linspace(1.0, 3.0, 101)] + [(100.0, 300.0)]
+    low, middle, high = calibrate(measured)
+    assert middle == pytest.approx((300 + 202) / 201)  # the long unit weighs as it costs
+    assert (low, high) == pytest.approx((1.2, 2.8), abs=0.05)
+    assert calibrate([(0.0, 1.0), (1.0, 0.0)] * 9) == UNMEASURED  # nothing was predicted
+
+
+def test_plans_of_a_run_use_its_own_times(tmp_path: Path):
+    run = prepare(tmp_path, samples=160, resources="unit_seconds = 1e-6")
+    assert run.plan().calibration == UNMEASURED
+    done(run)
+    plan = run.plan()
+    present = list_shards(run.store)
+    found = list(finished_units(run.store, {s.spec.key for s in plan.specs}, present))
+    assert len(found) == 5
+    assert plan.calibration == calibrate(found) != UNMEASURED
+    answer = call("plan", prepare_more(tmp_path), "--run", tmp_path / "run")
+    assert "1 unit to do, about " in answer.err
+    assert " to " in answer.err
+
+
+def prepare_more(folder: Path) -> Path:
+    return write_manifest(folder / "m.toml", samples=170)
+
+
+def test_a_bounded_number_of_records_is_read_and_damaged_ones_are_passed_over(tmp_path: Path):
+    run = done(prepare(tmp_path, samples=32))
+    ((key, (name,)),) = list_shards(run.store).items()
+    assert len(list(finished_units(run.store, [key], {key: [name] * 1000}))) <= MAX_RECORDS
+    run.store.path(name.key).write_bytes(b"no shard")
+    assert list(finished_units(run.store, [key], {key: [name]})) == []
+
+
+def test_planning_is_a_pure_function_of_manifest_and_store(tmp_path: Path):
+    run = done(prepare(tmp_path, networks=2, samples=40))
+    again = prepare(tmp_path, networks=2, samples=70)
+    first, second = again.plan(), again.plan()
+    assert first.units == second.units
+    assert first.specs == second.specs
+    resolved = resolve(again.manifest, again.store)
+    assert make_plan(again.manifest, again.store, resolved=resolved).units == first.units
+    assert run.store.uri == again.store.uri
