@@ -1,0 +1,262 @@
+"""Reducing is a pure function of the shards: nothing but their numbers can change a byte."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from commands import files
+from populations import Quiet, save_mlp, write_manifest
+
+from pipeline.reduce import planned_shards, reduce_run, write_tables
+from pipeline.run import Run, execute, open_run, start_run
+from pipeline.schema import Constants, Failure
+from pipeline.shards import decode_shard, encode_shard, list_shards, shard_key
+from pipeline.worker import Workbench, run_unit, write_failure
+from tasks.block import Block
+from tasks.measurement import Row, Status
+
+PAIR = """
+[[measurements]]
+metric = "normalized_mls"
+[[measurements]]
+metric = "adaptive_sharpness"
+max_draws = 4
+target_relative_stderr = 1e-9
+[[correlations]]
+x = "normalized_mls"
+y = "adaptive_sharpness"
+"""
+TABLES = ("correlations", "failures", "measurements", "summary", "units")
+DETERMINISTIC = ("correlations", "measurements", "summary")
+
+
+def prepare(folder: Path, *, unit_seconds: float = 1e-6) -> Run:
+    for seed in range(3):
+        save_mlp(folder / f"checkpoints/mlp{seed}", seed=seed)
+    path = write_manifest(
+        folder / "m.toml", samples=64, measurements=PAIR,
+        resources=f"unit_seconds = {unit_seconds}\nbatch_size = 16",
+    )  # fmt: skip
+    return start_run(path, str(folder / "run"))
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("reduce")
+    result, _ = execute(prepare(folder), Quiet(), on="inline")
+    assert result.failed == 0
+    open_run(str(folder / "run")).reduce()
+    return folder
+
+
+@pytest.fixture
+def copied(original: Path, tmp_path: Path) -> Run:
+    shutil.copytree(original / "run", tmp_path / "run")
+    return open_run(str(tmp_path / "run"))
+
+
+def tables(run: Run, names: tuple[str, ...] = DETERMINISTIC) -> dict[str, bytes]:
+    """The bytes of freshly reduced tables."""
+    run.reduce()
+    return {name: run.store.get(f"tables/{name}.parquet") for name in names}
+
+
+def expected(original: Path, names: tuple[str, ...] = DETERMINISTIC) -> dict[str, bytes]:
+    return {name: (original / f"run/tables/{name}.parquet").read_bytes() for name in names}
+
+
+def test_reducing_again_gives_the_same_bytes_of_every_table(original: Path, copied: Run):
+    assert tables(copied, TABLES) == expected(original, TABLES)
+    assert tables(copied, TABLES) == expected(original, TABLES)
+
+
+def test_the_order_of_shards_does_not_matter(original: Path, copied: Run):
+    plan = copied.plan()
+    shards = planned_shards(plan, copied.store)
+    for found in shards.values():
+        random.Random(0).shuffle(found)
+    backwards = dict(reversed(shards.items()))
+    write_tables(reduce_run(copied.manifest, plan, backwards), copied.store)
+    names = ("correlations", "measurements", "summary")
+    assert {n: copied.store.get(f"tables/{n}.parquet") for n in names} == expected(original)
+
+
+def test_times_of_files_do_not_matter(original: Path, copied: Run):
+    for index, path in enumerate(Path(copied.store.uri).rglob("*.parquet")):
+        os.utime(path, (index, index))
+    assert tables(copied, TABLES) == expected(original, TABLES)
+
+
+def test_overlapping_shards_of_another_unit_size_do_not_matter(
+    original: Path, copied: Run, tmp_path: Path
+):
+    """As when two launches with other unit_seconds wrote into one folder at the same time."""
+    bench, before = Workbench(), list_shards(copied.store)
+    big = prepare(tmp_path / "big", unit_seconds=100.0)
+    for unit in big.plan().units:
+        outcome = run_unit(dataclasses.replace(unit, store=copied.store.uri), bench)
+        assert outcome.status == "committed", "the large units are not new"
+    assert sum(map(len, list_shards(copied.store).values())) > sum(map(len, before.values()))
+    assert tables(copied) == expected(original)
+
+
+def test_duplicates_and_strangers_do_not_matter(original: Path, copied: Run):
+    (_, names), *_ = list_shards(copied.store).items()
+    data = copied.store.get(names[0].key)
+    shard = decode_shard(data, key=names[0].key)
+    # Results of settings that nobody asks for any more, and files that are no results.
+    stranger = shard.unit.model_copy(update={"spec_key": "0" * 24})
+    rows = [Row("mls", 1e9, sample=i) for i in range(stranger.num_rows)]
+    constants = Constants(metric_version=1, code_version="x", torch_version="x")
+    copied.store.put_new(
+        shard_key("0" * 24, stranger.block), encode_shard(rows, stranger, constants)
+    )
+    (copied.store.path(names[0].key).parent / "0-32.parquet.bak").write_bytes(data)
+    assert tables(copied, TABLES) == expected(original, TABLES)
+
+
+def test_rows_beyond_the_final_stage_do_not_matter(original: Path, copied: Run):
+    plan = copied.plan()
+    for item in plan.specs:
+        if item.spec.metric == "adaptive_sharpness":
+            beyond = Block(range(64), range(4, 6))
+            outcome = run_unit(_task(copied, item.spec, beyond), Workbench())
+            assert outcome.status == "committed"
+    assert tables(copied) == expected(original)
+
+
+def test_failures_that_were_made_up_for_leave_no_trace_but_a_record(original: Path, copied: Run):
+    spec = copied.plan().specs[0].spec
+    failure = Failure(class_="transient", type="Broken", message="once")
+    write_failure(copied.store, _task(copied, spec, Block(range(32))), failure)
+    assert tables(copied) == expected(original)
+    _, found = copied.reduce()
+    assert len(found.failures) == 0
+    (record,) = found.units[found.units["status"] == "failed"].to_dict("records")
+    assert record["superseded"]
+
+
+def _task(run: Run, spec, block: Block):
+    from pipeline.specs import Task
+
+    return Task(
+        spec=spec, block=block, seed=0, store=run.store.uri, batch_size=16, threads=1,
+        device="cpu", predicted_seconds=1.0,
+    )  # fmt: skip
+
+
+def test_a_damaged_shard_makes_its_spec_incomplete_and_no_other(original: Path, copied: Run):
+    spec = copied.plan().specs[0].spec
+    name = list_shards(copied.store, [spec.key])[spec.key][1]
+    path = copied.store.path(name.key)
+    path.write_bytes(path.read_bytes()[:-1])
+    _, found = copied.reduce()
+    status = found.summary.groupby(["checkpoint", "metric"])["status"].agg(set)
+    assert status.pop((spec.checkpoint, spec.metric)) == {"incomplete"}
+    assert not any("incomplete" in s for s in status)
+    lines = found.summary[found.summary["status"] == "incomplete"]
+    assert set(lines["num_missing"]) == {32}
+    assert lines["value"].isna().all()
+    assert set(found.correlations.query("group == 'all'")["n_missing"]) == {1}
+
+
+def test_every_row_of_a_finished_run_is_there_once(original: Path):
+    rows = pd.read_parquet(original / "run/tables/measurements.parquet")
+    assert not rows.duplicated(["checkpoint", "series", "sample", "draw"]).any()
+    counts = rows.groupby("series").size()
+    assert dict(counts) == {
+        "adaptive_sharpness": 3 * 64 * 4, "mls": 3 * 64, "normalized_mls": 3 * 64,
+        "squared_error": 3 * 64,
+    }  # fmt: skip
+
+
+def test_tables_hold_no_time_host_or_version_where_numbers_are(original: Path):
+    for name in DETERMINISTIC:
+        columns = set(pd.read_parquet(original / f"run/tables/{name}.parquet").columns)
+        assert not columns & {"seconds", "host", "pid", "started_at", "code_version", "attempt"}
+
+
+def test_an_estimate_is_the_mean_of_its_rows(original: Path):
+    rows = pd.read_parquet(original / "run/tables/measurements.parquet")
+    summary = pd.read_parquet(original / "run/tables/summary.parquet")
+    means = rows[rows["series"] == "normalized_mls"].groupby("checkpoint")["value"].mean()
+    found = summary[summary["series"] == "normalized_mls"].set_index("checkpoint")["value"]
+    pd.testing.assert_series_equal(found, means, rtol=1e-12, check_exact=False)
+
+
+def test_names_are_those_of_the_manifest_now(original: Path, copied: Run, tmp_path: Path):
+    shutil.copytree(original / "checkpoints", tmp_path / "checkpoints")
+    (tmp_path / "checkpoints/mlp0").rename(tmp_path / "checkpoints/renamed")
+    shutil.copy(original / "m.toml", tmp_path / "m.toml")
+    run = start_run(tmp_path / "m.toml", copied.store.uri)
+    assert not run.plan().units
+    _, found = run.reduce()
+    assert set(found.summary["checkpoint"]) == {"renamed", "mlp1", "mlp2"}
+    assert set(found.measurements["checkpoint"]) == {"renamed", "mlp1", "mlp2"}
+
+
+def test_checkpoints_that_are_gone_are_failed_rows_of_every_series(tmp_path: Path, original: Path):
+    shutil.copytree(original / "checkpoints", tmp_path / "checkpoints")
+    shutil.copy(original / "m.toml", tmp_path / "m.toml")
+    shutil.copytree(original / "run", tmp_path / "run")
+    execute(start_run(tmp_path / "m.toml", str(tmp_path / "run")), Quiet(), on="inline")
+    shutil.rmtree(tmp_path / "checkpoints/mlp1")
+    _, found = open_run(str(tmp_path / "run")).reduce()
+    gone = found.summary[found.summary["checkpoint"] == "mlp1"]
+    assert set(gone["series"]) == {
+        "normalized_mls", "mls", "adaptive_sharpness", "squared_error",
+    }  # fmt: skip
+    assert set(gone["status"]) == {"failed"}
+    assert set(gone["num_missing"]) == {64}
+    (failure,) = found.failures.to_dict("records")
+    assert (failure["checkpoint"], failure["failure_class"]) == ("mlp1", "unresolved")
+    assert "config.json: not found" in failure["failure_message"]
+    assert set(found.correlations.query("group == 'all'")["n_missing"]) == {1}
+
+
+def test_a_run_without_any_result_has_tables_of_the_same_columns(tmp_path: Path, original: Path):
+    run = prepare(tmp_path)
+    plan = run.plan()
+    found = reduce_run(run.manifest, plan, {})
+    assert set(found.summary["status"]) == {"incomplete"}
+    assert set(found.summary["num_missing"]) == {64}
+    assert len(found.units) == len(found.failures) == 0
+    for name in TABLES:
+        kept = pd.read_parquet(original / f"run/tables/{name}.parquet").columns
+        assert list(getattr(found, name).columns) == list(kept), name
+
+
+def test_a_value_that_is_not_finite_is_not_left_out_of_the_mean(copied: Run):
+    spec = copied.plan().specs[0].spec
+    name = list_shards(copied.store, [spec.key])[spec.key][0]
+    shard = decode_shard(copied.store.get(name.key), key=name.key)
+    rows = [
+        Row(r["quantity"], np.nan if r["sample"] == 3 else r["value"], sample=r["sample"],
+            status=Status.NOT_FINITE if r["sample"] == 3 else Status.OK)
+        for r in shard.table.to_pylist()
+    ]  # fmt: skip
+    constants = Constants(metric_version=1, code_version="x", torch_version="x")
+    copied.store.path(name.key).unlink()
+    copied.store.put_new(name.key, encode_shard(rows, shard.unit, constants))
+    _, found = copied.reduce()
+    line = found.summary[
+        (found.summary["checkpoint"] == spec.checkpoint)
+        & (found.summary["series"] == "normalized_mls")
+    ].iloc[0]
+    assert line["status"] == "not_finite"
+    assert np.isnan(line["value"])
+    assert set(found.correlations.query("group == 'all'")["n_missing"]) == {1}
+
+
+def test_publishing_replaces_each_table_in_one_step_and_leaves_nothing_else(copied: Run):
+    folder = Path(copied.store.uri) / "tables"
+    (folder / "summary.parquet").write_bytes(b"old")
+    copied.reduce()
+    assert set(files(folder)) == {f"{name}.parquet" for name in TABLES}
