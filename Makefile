@@ -15,7 +15,7 @@ demo: $(VENV)/.installed
 	$(BIN)/flatcensus demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not slow and not ray"

@@ -174,9 +174,7 @@ def _missing_lines(manifest: Manifest, plan: Plan) -> list[dict[str, object]]:
     """Lines of checkpoints that have no specs: not trained yet, or not to be had."""
     lines: list[dict[str, object]] = []
     families = {entry.name: entry.family for entry in manifest.train}
-    absent = [
-        (name, families[name], "trained", "incomplete", _NOT_TRAINED) for name in plan.waiting
-    ]
+    absent = [(name, families[name], "", "incomplete", _NOT_TRAINED) for name in plan.waiting]
     absent += [(u.checkpoint, u.family, u.tag, "failed", u.reason) for u in plan.unresolved]
     for name, family, tag, status, text in absent:
         for entry in manifest.measurements:

@@ -279,7 +279,7 @@ def _train_spec(entry: TrainEntry, datasets: _Datasets) -> Spec:
     }
     return Spec(
         key=spec_key(fields), kind="train", checkpoint=entry.name, family=entry.family,
-        tag="trained", metric="training", label="", fields=fields, ref=None, entry=None,
+        tag="", metric="training", label="", fields=fields, ref=None, entry=None,
         train=entry, data=entry.data, data_identity=images.identity(), available=1,
         num_samples=1, network=network,
     )  # fmt: skip

@@ -18,8 +18,9 @@ def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Gene
     Args:
         key: What the numbers are for, e.g. ``(seed, "normalized_mls", sample)``. Integers and
             strings are told apart: ``1`` and ``"1"`` give different numbers.
-        device: Where the generator draws. CPU and CUDA streams differ for one key, so numbers
-            that results depend on are drawn on the CPU and moved.
+        device: Where the generator draws. CPU and CUDA streams differ for one key: weight noise is
+            drawn where the weights are, because moving it would cost more than the forwards, so
+            its numbers agree between device kinds only within their standard error.
 
     Returns:
         A fresh generator; equal keys give equal streams.

@@ -161,7 +161,7 @@ def test_interrupt_finishes_running_units_and_resume_continues(undisturbed: Path
 def test_truncated_shard_is_quarantined_and_its_unit_runs_again(undisturbed: Path, tmp_path: Path):
     manifest, run = prepare(tmp_path), tmp_path / "run"
     shutil.copytree(undisturbed, run)
-    victim = next(p for p in shards(run) if "x2-4" in p.name)
+    victim = next(p for p in shards(run) if "x" in p.name)
     victim.write_bytes(victim.read_bytes()[:-100])
     process = flatcensus("launch", manifest, "--run", run, "--on", "inline")
     _, messages = process.communicate(timeout=240)
