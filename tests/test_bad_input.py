@@ -262,6 +262,23 @@ def test_resources_that_no_slot_can_have_are_refused(resources: dict, words: str
     assert caught.value.exit_code == 4
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("resources", "words"),
+    [
+        ("num_gpus = 99", "resources.num_gpus = 99 per slot, but this machine has"),
+        ("num_cpus = 9999", "resources.num_cpus = 9999 per slot, but this machine has"),
+    ],
+)
+def test_more_than_this_machine_has_is_refused_by_ray_too(manifest: Path, resources, words):
+    manifest.write_text(manifest.read_text().replace("[resources]", f"[resources]\n{resources}"))
+    answer = call("launch", manifest, "--run", manifest.parent / "run", "--on", "local")
+    assert answer.code == 4
+    assert words in answer.err
+    assert not list(manifest.parent.rglob("*.parquet"))
+
+
 def test_a_cluster_that_does_not_answer_has_exit_code_4(manifest: Path):
     with socket.socket() as closed:  # bound but not listening: nobody else takes the port
         closed.bind(("127.0.0.1", 0))
