@@ -13,6 +13,7 @@ import multiprocessing
 import multiprocessing.process
 import os
 import pickle
+import sys
 import threading
 import time
 from multiprocessing.connection import Connection
@@ -23,6 +24,9 @@ from pipeline.versions import versions
 
 HEARTBEAT_SECONDS = 1.0
 HEARTBEAT = b""
+# What children would otherwise load one by one, at half a second each. The third is what torch
+# loads at the first forward-mode derivative, the last reads `digits`.
+PRELOAD = ["pipeline.worker", "timm", "torch._decomp.decompositions_for_jvp", "sklearn.datasets"]
 
 
 class Slot:
@@ -31,7 +35,7 @@ class Slot:
     def __init__(self, hang_seconds: float) -> None:
         self.hang_seconds = hang_seconds
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["pipeline.worker", "timm"])
+        self.context.set_forkserver_preload(PRELOAD)
         self.child: multiprocessing.process.BaseProcess | None = None
         self.pipe: Connection | None = None
         self.subject = ""
@@ -101,6 +105,9 @@ class SlotActor:
     """The Ray side of a slot. Ray imports this module in its workers: keep it light."""
 
     def __init__(self, hang_seconds: float) -> None:
+        # Children of multiprocessing first load the program that their parent runs. Here that is
+        # Ray's worker: they have no use for it, and it takes longer than all the rest.
+        sys.modules["__main__"].__file__ = None
         self.slot = Slot(hang_seconds)
 
     def versions(self) -> dict[str, str]:

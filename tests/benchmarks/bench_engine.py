@@ -63,31 +63,23 @@ def run(units: int = UNITS, checkpoints: tuple[int, ...] = CHECKPOINTS) -> list[
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """The rows for reading, in milliseconds where they are short."""
-    shown = Table(title="Engine: one slot, units of about 10 ms")
-    for column in ("executor", "checkpoints", "units", "wall s", "units / s", "start-up s",
-                   "first child s", "end s", "overhead ms / unit", "gap ms", "switch ms",
-                   "loading ms", "driver CPU ms / unit", "driver MB", "plan ms",
-                   "reduce ms"):  # fmt: skip
-        shown.add_column(column, justify="right")
+    """One column per launch, times in milliseconds."""
+    shown = Table("", title="Engine: one slot, units of about 10 ms")
     for row in rows:
-        shown.add_row(
-            row["executor"],
-            f"{row['checkpoints']}",
-            f"{row['units']}",
-            f"{row['wall']:.1f}",
-            f"{row['units_per_second']:.0f}",
-            f"{row['startup']:.1f}",
-            f"{row['first_child']:.1f}",
-            f"{row['shutdown']:.1f}",
-            *(
-                f"{1e3 * row[key]:.1f}" if key in row else ""
-                for key in ("overhead_per_unit", "gap", "switch", "loading", "driver_cpu_per_unit")
-            ),
-            f"{row['driver_bytes'] / 1e6:.0f}",
-            *(f"{1e3 * row[key]:.0f}" for key in ("plan", "reduce")),
-        )
+        shown.add_column(f"{row['executor']}, {row['checkpoints']} checkpoints", justify="right")
+    shown.add_row("units", *(f"{row['units']}" for row in rows))
+    shown.add_row("units / s", *(f"{row['units_per_second']:.0f}" for row in rows))
+    for key in _TIMES:
+        name = key.replace("_", " ") + ", ms"
+        shown.add_row(name, *(f"{1e3 * row[key]:.1f}" if key in row else "" for row in rows))
+    shown.add_row("driver's memory, MB", *(f"{row['driver_bytes'] / 1e6:.0f}" for row in rows))
     return shown
+
+
+_TIMES = (
+    "wall", "startup", "first_child", "shutdown", "overhead_per_unit", "gap", "switch", "loading",
+    "warm_load", "warm_self_test", "driver_cpu_per_unit", "plan", "reduce",
+)  # fmt: skip
 
 
 def _launch(executor: Literal["inline", "local"], units: int, checkpoints: int) -> dict[str, Any]:
@@ -154,11 +146,12 @@ def _prepared(folder: Path, units: int, checkpoints: int) -> Run:
 
 def _timeline(run: Run) -> list[tuple[float, float, UnitRecord]]:
     """Start and end of every unit, in order; of one slot, so nothing overlaps."""
-    found = [
-        (*(datetime.fromisoformat(t).timestamp() for t in (u.started_at, u.finished_at)), u)
-        for u in (shard.unit for shard in read_shards(run.store))
-    ]
-    return sorted(found, key=lambda item: item[0])
+    units = sorted((shard.unit for shard in read_shards(run.store)), key=lambda u: u.started_at)
+    return [(_seconds_of(unit.started_at), _seconds_of(unit.finished_at), unit) for unit in units]
+
+
+def _seconds_of(moment: str) -> float:
+    return datetime.fromisoformat(moment).timestamp()
 
 
 def _gaps(timeline: list[tuple[float, float, UnitRecord]]) -> dict[str, float]:
