@@ -67,8 +67,8 @@ def _hub() -> Iterator[Finding]:
 
 
 def _executor(on: str) -> Iterator[Finding]:
+    from pipeline.entries import ResourceSpec
     from pipeline.executor import InlineExecutor, RayExecutor
-    from pipeline.manifest import ResourceSpec
 
     try:
         executor = (

@@ -14,14 +14,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from pipeline.entries import Manifest
 from pipeline.errors import StoreError
 from pipeline.executor import Executor, Finished
-from pipeline.manifest import Manifest
 from pipeline.outcome import HINTS, FailureClass, Outcome
 from pipeline.plan import Plan, make_plan
 from pipeline.progress import write_specs
+from pipeline.resolve import resolve
 from pipeline.schema import Failure
-from pipeline.specs import Resolved, Task, resolve
+from pipeline.specs import Resolved, Task
 from pipeline.store import Store
 from pipeline.worker import write_failure
 from tasks.block import Block

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pipeline.entries import ResourceSpec
 from pipeline.errors import ResourceError
-from pipeline.manifest import ResourceSpec
 
 if TYPE_CHECKING:
     from pipeline.outcome import Outcome

@@ -14,9 +14,10 @@ from typing import Literal
 from pipeline.calibration import calibrate, finished_units
 from pipeline.cost import seconds_per_index
 from pipeline.coverage import missing_blocks, without
-from pipeline.manifest import Manifest, ResourceSpec
+from pipeline.entries import Manifest, ResourceSpec
+from pipeline.resolve import resolve
 from pipeline.shards import ShardName, list_shards
-from pipeline.specs import Resolved, Spec, Task, Unresolved, resolve
+from pipeline.specs import Resolved, Spec, Task, Unresolved
 from pipeline.store import Store
 from pipeline.tables import stage_columns
 from tasks.block import Block

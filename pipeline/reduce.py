@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from pipeline.correlate import COLUMNS, correlation_table
 from pipeline.coverage import missing
-from pipeline.manifest import Manifest
+from pipeline.entries import Manifest
 from pipeline.plan import Plan, SpecPlan
 from pipeline.query import units_table
 from pipeline.schema import MEASUREMENT_SCHEMA, UNITS_SCHEMA

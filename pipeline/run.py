@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.driver import Launch, Observer, launch
+from pipeline.entries import Manifest
 from pipeline.errors import UsageError
 from pipeline.executor import Executor, InlineExecutor, RayExecutor
 from pipeline.lock import lock_commits
-from pipeline.manifest import Manifest, load_manifest, parse_manifest
+from pipeline.manifest import load_manifest, parse_manifest
 from pipeline.plan import Plan, make_plan
 from pipeline.reduce import Tables, planned_shards, reduce_run, write_tables
+from pipeline.resolve import resolve
 from pipeline.shards import Quarantined, read_shards
-from pipeline.specs import resolve
 from pipeline.store import Store, open_store
 
 MANIFEST, RUN = "manifest.toml", "run.json"

@@ -26,9 +26,10 @@ import torch
 
 from pipeline.errors import HubError, StoreError
 from pipeline.outcome import HINTS, FailureClass, Outcome
+from pipeline.resolve import open_dataset
 from pipeline.schema import Constants, Failure, UnitRecord
 from pipeline.shards import decode_shard, encode_shard, shard_key
-from pipeline.specs import Task, checkpoint_folder, open_dataset
+from pipeline.specs import Task, checkpoint_folder
 from pipeline.store import Store, open_store
 from pipeline.versions import code_version, versions
 from tasks.checkpoints import (

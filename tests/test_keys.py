@@ -13,11 +13,12 @@ from PIL import Image
 from populations import save_mlp
 from safetensors.torch import load_file, save_file
 
-import pipeline.specs
+import pipeline.resolve
 from pipeline.hub import HubFile
 from pipeline.lock import LOCK, lock_commits
 from pipeline.manifest import parse_manifest
-from pipeline.specs import resolve, spec_key
+from pipeline.resolve import resolve
+from pipeline.specs import spec_key
 from pipeline.store import Store, open_store
 from tasks.adaptive_sharpness import AdaptiveSharpness
 from tasks.sensitivity import NormalizedMls
@@ -171,7 +172,7 @@ def test_a_new_version_of_a_measurement_is_in_its_key_alone(
 
 def test_the_meaning_of_keys_has_a_version(original: Path, monkeypatch: pytest.MonkeyPatch):
     before = keys(original)
-    monkeypatch.setattr(pipeline.specs, "KEY_VERSION", pipeline.specs.KEY_VERSION + 1)
+    monkeypatch.setattr(pipeline.resolve, "KEY_VERSION", pipeline.resolve.KEY_VERSION + 1)
     assert changed(before, keys(original)) == set(MEASURES)
 
 

@@ -21,9 +21,9 @@ from pipeline.coverage import missing_blocks
 from pipeline.manifest import ResourceSpec
 from pipeline.plan import make_plan, split, unit_size
 from pipeline.progress import SPEC_FOLDER, plan_table, stale_lines, status_table
+from pipeline.resolve import resolve
 from pipeline.run import Run, execute, start_run
 from pipeline.shards import list_shards, shard_key
-from pipeline.specs import resolve
 from tasks.block import Block
 
 SHARPNESS = '[[measurements]]\nmetric = "adaptive_sharpness"\n'

@@ -1,0 +1,122 @@
+"""What a manifest says, as types: images, resources, checkpoints, measurements, pairs.
+
+They are checked where they are built. Reading a file into them is pipeline/manifest.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pydantic
+
+from pipeline.correlate import CorrelationPair
+from tasks.measurement import Measurement, Output, Settings
+from tasks.training_settings import TrainSettings
+
+
+class DataSpec(Settings):
+    """Which images. ``samples`` of them are measured, in an order fixed by the manifest's seed."""
+
+    name: Literal["digits", "fashion-mnist", "image-folder"]
+    split: str = "test"
+    root: str | None = None
+    samples: int = pydantic.Field(default=100, ge=1)
+
+    @pydantic.model_validator(mode="after")
+    def _is_there_a_place(self) -> DataSpec:
+        if self.name == "image-folder" and self.root is None:
+            raise ValueError('image-folder needs root = "the folder of the images"')
+        if self.name != "image-folder" and self.split not in ("train", "test"):
+            raise ValueError(f"split must be 'train' or 'test', found {self.split!r}")
+        return self
+
+
+class ResourceSpec(Settings):
+    """What one slot (one worker) may use, and how patient the scheduler is.
+
+    None of this can change a result beyond rounding: it is recorded with every unit, and it stays
+    out of the keys.
+    """
+
+    num_cpus: int = pydantic.Field(default=1, ge=1)
+    num_gpus: float = pydantic.Field(default=0.0, ge=0)
+    max_slots: int | None = pydantic.Field(default=None, ge=1)
+    batch_size: int = pydantic.Field(default=32, ge=1)
+    unit_seconds: float = pydantic.Field(default=60.0, gt=0)
+    max_attempts: int = pydantic.Field(default=3, ge=1)
+    hang_seconds: float = pydantic.Field(default=120.0, gt=0)
+
+    @pydantic.field_validator("num_gpus")
+    @classmethod
+    def _whole_or_unit_fraction(cls, value: float) -> float:
+        # Mixed fractions strand GPU memory and can deadlock the scheduler.
+        if value > 1 and value != int(value):
+            raise ValueError("above 1, num_gpus must be a whole number")
+        if 0 < value < 1 and abs(1 / value - round(1 / value)) > 1e-9:
+            raise ValueError("a fraction of a GPU must be 1/k: 0.5, 0.25, ...")
+        return value
+
+
+@dataclass(frozen=True)
+class MeasurementEntry:
+    """One ``[[measurements]]`` table: a measurement and the label that tells it from its twins."""
+
+    measurement: Measurement
+    label: str
+
+    @property
+    def metric(self) -> str:
+        """Name of the measurement."""
+        return self.measurement.metric
+
+    def series(self, quantity: str) -> str:
+        """Name of a quantity in this run's tables: ``quantity`` or ``quantity@label``."""
+        return f"{quantity}@{self.label}" if self.label else quantity
+
+
+@dataclass(frozen=True)
+class TrainEntry:
+    """One checkpoint to train: a point of a ``[[train]]`` table's grid."""
+
+    name: str
+    family: str
+    data: DataSpec
+    settings: TrainSettings
+
+
+class TimmEntry(Settings):
+    """Pretrained checkpoints by full timm name, from the hub."""
+
+    source: Literal["timm"]
+    names: list[str] = pydantic.Field(min_length=1)
+    revision: str | None = None
+    family: str | None = None
+
+
+class LocalEntry(Settings):
+    """Checkpoint directories (config.json and weights), by path or glob."""
+
+    source: Literal["local"]
+    paths: list[str] = pydantic.Field(min_length=1)
+    family: str | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A validated manifest. ``root`` is the folder its relative paths start from."""
+
+    name: str
+    seed: int
+    output: Output
+    dtype: Literal["float32", "float64"]
+    data: DataSpec
+    train: tuple[TrainEntry, ...]
+    timm: tuple[TimmEntry, ...]
+    local: tuple[tuple[LocalEntry, tuple[Path, ...]], ...]
+    measurements: tuple[MeasurementEntry, ...]
+    correlations: tuple[CorrelationPair, ...]
+    resources: ResourceSpec
+    root: Path
+    text: str

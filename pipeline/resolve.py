@@ -1,0 +1,202 @@
+"""From a manifest to specs: identities of images and weights, keys, what cannot be had.
+
+Trained checkpoints enter once their training is committed; hub checkpoints at the commit that the
+run first saw. A checkpoint that cannot be had is a row, never a gap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.entries import DataSpec, Manifest, MeasurementEntry, TrainEntry
+from pipeline.errors import DataError, HubError, ManifestError
+from pipeline.lock import locked_commits
+from pipeline.shards import shard_key
+from pipeline.specs import (
+    KEY_VERSION,
+    TRAINING_BLOCK,
+    Resolved,
+    Spec,
+    TrainedRef,
+    Unresolved,
+    checkpoint_folder,
+    spec_key,
+)
+from pipeline.store import Store
+from tasks.checkpoints import CheckpointError, CheckpointRef, describe_local, describe_timm
+from tasks.datasets import DatasetError, ImageDataset, load_dataset, transform_identity
+from tasks.outline import Outline, outline, outline_architecture
+from tasks.training import network_for
+
+
+def resolve(manifest: Manifest, store: Store) -> Resolved:
+    """Turn a manifest into specs: identities of data and weights, keys, ranges.
+
+    Trained checkpoints enter once their training unit is committed. A checkpoint that cannot be had
+    becomes an Unresolved row.
+
+    Raises:
+        DataError: The images cannot be had.
+        ManifestError: They are fewer than ``samples``, two checkpoints have one name, or a network
+            to be trained does not fit them.
+    """
+    datasets = _Datasets()
+    specs: list[Spec] = []
+    refs: list[tuple[CheckpointRef, str]] = []
+    images = datasets.get(manifest.data) if manifest.measurements else None
+    if images is not None and manifest.data.samples > len(images):
+        raise ManifestError(
+            f"[data] samples = {manifest.data.samples}, but {manifest.data.name} "
+            f"{manifest.data.split} has {len(images)} images. Lower samples or choose another split"
+        )
+    unresolved: list[Unresolved] = []
+    untrained: list[TrainedRef] = []
+    for entry in manifest.train:
+        spec = _train_spec(entry, datasets)
+        specs.append(spec)
+        if not store.exists(shard_key(spec.key, TRAINING_BLOCK)):
+            untrained.append(TrainedRef(entry, spec.key))
+            continue
+        directory = store.path(checkpoint_folder(spec.key))
+        refs.extend(_described(directory, entry.name, entry.family, unresolved))
+    for entry, paths in manifest.local:
+        for path in paths:
+            refs.extend(_described(path, path.name, entry.family, unresolved))
+    hub_refs = list(_timm_refs(manifest, store, unresolved))
+    refs.extend((ref, ref.name) for ref in hub_refs)
+    _check_names(manifest, hub_refs)
+    if images is not None:
+        for ref, name in refs:
+            try:
+                network = outline(ref)
+                transform = transform_identity(network.data_config)
+            except (CheckpointError, DatasetError) as error:
+                unresolved.append(Unresolved(name, ref.family, ref.tag, str(error)))
+                continue
+            specs += [
+                _measure_spec(manifest, ref, name, entry, images, network, transform)
+                for entry in manifest.measurements
+            ]
+    return Resolved(tuple(specs), tuple(unresolved), tuple(untrained))
+
+
+def _check_names(manifest: Manifest, hub_refs: Sequence[CheckpointRef]) -> None:
+    """Tables tell checkpoints apart by name, so two of one name would be mixed up."""
+    places = [(entry.name, "a [[train]] table") for entry in manifest.train]
+    places += [(path.name, str(path)) for _, paths in manifest.local for path in paths]
+    places += [(ref.name, f"timm's {ref.name}") for ref in hub_refs]
+    seen: dict[str, str] = {}
+    for name, place in places:
+        if name in seen:
+            raise ManifestError(
+                f"two checkpoints are named {name!r}: {seen[name]} and {place}. Rename one, or "
+                "list it once"
+            )
+        seen[name] = place
+
+
+class _Datasets:
+    """Loads each split once per resolution."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[str, str, str | None], ImageDataset] = {}
+
+    def get(self, data: DataSpec, split: str | None = None) -> ImageDataset:
+        key = (data.name, split or data.split, data.root)
+        if key not in self.known:
+            try:
+                self.known[key] = open_dataset(data, split=split)
+                self.known[key].identity()  # reads every byte: a file may be missing or locked
+            except (DatasetError, OSError) as error:
+                raise DataError(f"[data] name = {data.name!r}: {error}") from error
+        return self.known[key]
+
+
+def open_dataset(data: DataSpec, *, split: str | None = None) -> ImageDataset:
+    """The images of a data table, or of another split of them. Raises DatasetError."""
+    root = Path(data.root) if data.root is not None else None
+    return load_dataset(data.name, split=split or data.split, root=root)
+
+
+def _train_spec(entry: TrainEntry, datasets: _Datasets) -> Spec:
+    images = datasets.get(entry.data, "train")
+    try:
+        network = outline_architecture(*network_for(entry.settings, images))
+    except ValueError as error:
+        raise ManifestError(f"[[train]] {entry.name}: {error}") from error
+    fields = {
+        "key_version": KEY_VERSION,
+        "kind": "train",
+        "train_data": images.identity(),
+        "test_data": datasets.get(entry.data, "test").identity(),
+        "training": entry.settings.key_fields(),
+    }
+    return Spec(
+        key=spec_key(fields), kind="train", checkpoint=entry.name, family=entry.family,
+        tag="", metric="training", label="", fields=fields, ref=None, entry=None,
+        train=entry, data=entry.data, data_identity=images.identity(), available=1,
+        num_samples=1, network=network,
+    )  # fmt: skip
+
+
+def _measure_spec(
+    manifest: Manifest,
+    ref: CheckpointRef,
+    name: str,
+    entry: MeasurementEntry,
+    images: ImageDataset,
+    network: Outline,
+    transform: dict[str, Any],
+) -> Spec:
+    fields = {
+        "key_version": KEY_VERSION,
+        "kind": "measure",
+        "checkpoint": ref.identity,
+        "data": images.identity(),
+        "transform": transform,
+        "output": manifest.output,
+        "dtype": manifest.dtype,
+        "seed": manifest.seed,
+        "measurement": entry.measurement.key_fields(),
+    }
+    return Spec(
+        key=spec_key(fields), kind="measure", checkpoint=name, family=ref.family, tag=ref.tag,
+        metric=entry.metric, label=entry.label, fields=fields, ref=ref, entry=entry, train=None,
+        data=manifest.data, data_identity=images.identity(), available=len(images),
+        num_samples=manifest.data.samples, network=network,
+    )  # fmt: skip
+
+
+def _described(
+    path: Path, name: str, family: str | None, unresolved: list[Unresolved]
+) -> Iterator[tuple[CheckpointRef, str]]:
+    try:
+        ref = describe_local(path)
+    except CheckpointError as error:
+        unresolved.append(Unresolved(name, family or "unknown", "local", str(error)))
+        return
+    yield (ref.model_copy(update={"family": family}) if family else ref), name
+
+
+def _timm_refs(
+    manifest: Manifest, store: Store, unresolved: list[Unresolved]
+) -> Iterator[CheckpointRef]:
+    """Hub checkpoints at the commit that this run first saw, or at the manifest's revision."""
+    if not manifest.timm:
+        return
+    from pipeline import hub
+
+    commits = locked_commits(store)
+    for entry in manifest.timm:
+        for name in entry.names:
+            try:
+                revision = entry.revision or commits.get(describe_timm(name, identity="").name)
+                file = hub.resolve(name, revision=revision)
+            except (CheckpointError, HubError) as error:
+                architecture, _, tag = name.partition(".")
+                unresolved.append(Unresolved(name, entry.family or architecture, tag, str(error)))
+                continue
+            ref = hub.checkpoint_ref(name, file)
+            yield ref.model_copy(update={"family": entry.family}) if entry.family else ref
