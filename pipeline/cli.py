@@ -211,7 +211,7 @@ def status(run: RunArg, as_json: JsonOption = False) -> int:
 
     console = Console(as_json=as_json)
     opened = open_run(run)
-    current = opened.plan()
+    current = opened.recall()
     console.table(status_table(current))
     for missing in current.unresolved:
         console.warn(f"{missing.checkpoint}: {missing.reason}")

@@ -17,6 +17,7 @@ from typing import Protocol
 from pipeline.entries import Manifest
 from pipeline.errors import StoreError
 from pipeline.executor import Executor, Finished
+from pipeline.frozen import freeze
 from pipeline.outcome import HINTS, FailureClass, Outcome
 from pipeline.plan import Plan, make_plan
 from pipeline.progress import write_specs
@@ -90,6 +91,7 @@ def launch(
             while not interrupts:
                 if resolved is None or resolved.untrained:  # training makes new checkpoints known
                     resolved = resolve(manifest, store)
+                freeze(resolved, manifest, store)
                 plan = make_plan(
                     manifest, store, resolved=resolved, retry_failed=retry_failed,
                     decisions=decisions,

@@ -17,6 +17,7 @@ from pipeline.driver import Launch, Observer, launch
 from pipeline.entries import Manifest
 from pipeline.errors import UsageError
 from pipeline.executor import Executor, InlineExecutor, RayExecutor
+from pipeline.frozen import thaw
 from pipeline.lock import lock_commits
 from pipeline.manifest import load_manifest, parse_manifest
 from pipeline.plan import Plan, make_plan
@@ -38,14 +39,19 @@ class Run:
     store: Store
 
     def plan(self) -> Plan:
-        """What is done and what is to do."""
+        """What is done and what is to do, with checkpoints and images as they are now."""
         return make_plan(self.manifest, self.store)
+
+    def recall(self) -> Plan:
+        """The same from the run folder alone, with checkpoints and images as last launched."""
+        resolved = thaw(self.manifest, self.store)
+        return make_plan(self.manifest, self.store, resolved=resolved)
 
     def reduce(self, *, publish: bool = True) -> tuple[Plan, Tables]:
         """Build the tables from the shards as they are now, and publish them in the run folder."""
         damaged: list[Quarantined] = []
         while True:
-            plan = self.plan()
+            plan = self.recall()
             shards = planned_shards(plan, self.store, quarantined=damaged)
             if not damaged:
                 break

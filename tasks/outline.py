@@ -5,8 +5,10 @@ Networks are built on the meta device, so nothing is downloaded and no memory is
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,30 +47,32 @@ def outline(ref: CheckpointRef) -> Outline:
         CheckpointError: If the folder's configuration cannot be read or no network can be built
             from it.
     """
-    if ref.identity not in _outlines:
-        config = {}
-        if ref.source == "local" and ref.path:
-            config = read_config(Path(ref.path))["pretrained_cfg"]
-        name = ref.name if ref.source == "timm" else ref.architecture
-        try:
-            _outlines[ref.identity] = outline_architecture(name, ref.model_args, config)
-        # What constructors and forwards raise when arguments do not fit them or each other.
-        except (AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{ref.path or name}: no {ref.architecture} can be built from its configuration "
-                f"({str(error).splitlines()[0] if str(error) else type(error).__name__}). "
-                "Correct model_args or pretrained_cfg in its config.json."
-            ) from error
-    return _outlines[ref.identity]
-
-
-_outlines: dict[str, Outline] = {}
+    config = {}
+    if ref.source == "local" and ref.path:
+        config = read_config(Path(ref.path))["pretrained_cfg"]
+    name = ref.name if ref.source == "timm" else ref.architecture
+    try:
+        return outline_architecture(name, ref.model_args, config)
+    # What constructors and forwards raise when arguments do not fit them or each other.
+    except (AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{ref.path or name}: no {ref.architecture} can be built from its configuration "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}). "
+            "Correct model_args or pretrained_cfg in its config.json."
+        ) from error
 
 
 def outline_architecture(
     architecture: str, model_args: Mapping[str, Any], pretrained_cfg: Mapping[str, Any]
 ) -> Outline:
-    """Outline one of ``tasks.networks.NETWORKS`` or a timm architecture."""
+    """Outline one of ``tasks.networks.NETWORKS`` or a timm architecture; equal ones only once."""
+    parts = (architecture, dict(model_args), dict(pretrained_cfg))
+    return _outlined(json.dumps(parts, sort_keys=True, default=list))
+
+
+@cache
+def _outlined(parts: str) -> Outline:
+    architecture, model_args, pretrained_cfg = json.loads(parts)
     with torch.device("meta"):
         model = _build(architecture, model_args, pretrained_cfg).eval()
         data_config = resolve_model_data_config(model)

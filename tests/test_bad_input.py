@@ -309,6 +309,8 @@ def test_a_deleted_checkpoint_stays_a_row_of_its_run(manifest: Path):
     run = manifest.parent / "run"
     assert launch(manifest).code == 0
     shutil.rmtree(manifest.parent / "checkpoints/mlp1")
+    assert call("status", run).code == 0  # what was measured stands
+    assert call("resume", run, "--on", "inline").code == 3
     answer = call("status", run)
     assert answer.code == 3
     assert "mlp1: " in answer.err

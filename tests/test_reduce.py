@@ -216,6 +216,7 @@ def test_names_are_those_of_the_manifest_now(original: Path, copied: Run, tmp_pa
     shutil.copy(original / "m.toml", tmp_path / "m.toml")
     run = start_run(tmp_path / "m.toml", copied.store.uri)
     assert not run.plan().units
+    execute(run, Quiet(), on="inline")
     _, found = run.reduce()
     assert set(found.summary["checkpoint"]) == {"renamed", "mlp1", "mlp2"}
     assert set(found.measurements["checkpoint"]) == {"renamed", "mlp1", "mlp2"}
@@ -227,7 +228,9 @@ def test_checkpoints_that_are_gone_are_failed_rows_of_every_series(tmp_path: Pat
     shutil.copytree(original / "run", tmp_path / "run")
     execute(start_run(tmp_path / "m.toml", str(tmp_path / "run")), Quiet(), on="inline")
     shutil.rmtree(tmp_path / "checkpoints/mlp1")
-    _, found = open_run(str(tmp_path / "run")).reduce()
+    run = open_run(str(tmp_path / "run"))
+    execute(run, Quiet(), on="inline")
+    _, found = run.reduce()
     gone = found.summary[found.summary["checkpoint"] == "mlp1"]
     assert set(gone["series"]) == {
         "normalized_mls", "mls", "adaptive_sharpness", "squared_error",
