@@ -102,18 +102,22 @@ class RayExecutor:
         self.owns_cluster = not ray.is_initialized()
         if self.owns_cluster:
             _connect(address)
-        count = slots_that_fit(ray.cluster_resources(), resources, where=address or "this machine")
+        self.actors: list[Any] = []
+        self.running: dict[Any, tuple[int, Task]] = {}
         options: dict[str, Any] = {
             "num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus,
             "max_restarts": -1, "max_task_retries": 0,
             "runtime_env": {"env_vars": _environment(resources)},
         }  # fmt: skip
         remote = ray.remote(SlotActor)
-        self.actors: list[Any] = [
-            remote.options(**options).remote(resources.hang_seconds) for _ in range(count)
-        ]
-        self.running: dict[Any, tuple[int, Task]] = {}
-        self._check_versions()
+        try:
+            where = address or "this machine"
+            for _ in range(slots_that_fit(ray.cluster_resources(), resources, where=where)):
+                self.actors.append(remote.options(**options).remote(resources.hang_seconds))
+            self._check_versions()
+        except ResourceError:
+            self.close()  # a cluster that was started for nothing must not stay
+            raise
 
     @property
     def num_slots(self) -> int:
