@@ -174,8 +174,10 @@ def train(
     """Train the manifest's checkpoints, measure nothing. ``launch`` does both."""
     from pipeline.run import start_run
 
-    console = Console(as_json=as_json)
-    return _launch(console, start_run(manifest, run_folder), on=on, train_only=True)
+    run = start_run(manifest, run_folder)
+    if not run.manifest.train:
+        raise UsageError(f"{manifest} has no [[train]] table. Measure with: flatcensus launch")
+    return _launch(Console(as_json=as_json), run, on=on, train_only=True)
 
 
 @app.command()

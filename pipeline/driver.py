@@ -9,8 +9,7 @@ from __future__ import annotations
 import signal
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -19,7 +18,7 @@ from pipeline.errors import StoreError
 from pipeline.executor import Executor, Finished
 from pipeline.frozen import freeze
 from pipeline.outcome import HINTS, FailureClass, Outcome
-from pipeline.plan import Plan, make_plan
+from pipeline.plan import Decisions, Plan, make_plan
 from pipeline.progress import write_specs
 from pipeline.resolve import resolve
 from pipeline.schema import Failure
@@ -28,6 +27,7 @@ from pipeline.store import Store
 from pipeline.worker import write_failure
 from tasks.block import Block
 
+REST_SECONDS = (1.0, 60.0)  # a lost slot's first and longest pause: its node may be gone for good
 MAX_LOST_SLOTS = 20  # losses of a slot or node that one unit survives: not its fault, so generous
 BACKOFF_SECONDS = (1.0, 5.0, 20.0)  # before the 2nd, 3rd, ... attempt of a transient failure
 
@@ -84,9 +84,9 @@ def launch(
         resolved: The manifest's specs, if already resolved.
     """
     result, started = Launch(), time.monotonic()
-    decisions: dict[tuple[str, int], bool] = {}
+    decisions: Decisions = {}
     executor: Executor | None = None
-    with _interrupts() as interrupts:
+    with _Interrupts() as interrupts:
         try:
             while not interrupts:
                 if resolved is None or resolved.untrained:  # training makes new checkpoints known
@@ -102,7 +102,9 @@ def launch(
                 result.plan = plan
                 if not units:
                     break
-                executor = executor or open_executor()
+                if executor is None:
+                    executor = open_executor()
+                    interrupts.listen()  # Ray has put its own handler of SIGTERM in place
                 observer.planned(plan, executor.num_slots)
                 _Round(manifest, store, executor, observer, result, interrupts).run(units)
         finally:
@@ -132,6 +134,8 @@ class _Round:
         self.delayed: list[tuple[float, Task]] = []
         self.subjects = [""] * executor.num_slots
         self.idle = set(range(executor.num_slots))
+        self.losses: Counter[int] = Counter()  # of each slot, since it last gave an outcome
+        self.rests_until: dict[int, float] = {}
         self.lost: Counter[tuple[str, Block]] = Counter()
 
     def run(self, units: list[Task]) -> None:
@@ -150,7 +154,8 @@ class _Round:
                 time.sleep(0.1)  # only delayed units are left
 
     def _start_units(self) -> None:
-        for slot in sorted(self.idle):
+        now = time.monotonic()
+        for slot in sorted(s for s in self.idle if self.rests_until.get(s, 0.0) <= now):
             task = self.queue.take(self.subjects[slot])
             if task is None:
                 return
@@ -168,6 +173,7 @@ class _Round:
         """Decide what an ended attempt means. The one place where retries are granted."""
         task, outcome = finished.task, finished.outcome
         self.idle.add(finished.slot)
+        self._rest(finished.slot, lost=outcome is None)
         note = ""
         if outcome is None:
             note = self._lost(task)
@@ -180,6 +186,16 @@ class _Round:
             assert outcome.failure_class is not None
             note = self._failed(task, outcome.failure, outcome.failure_class)
         self.observer.ended(task, outcome, note)
+
+    def _rest(self, slot: int, *, lost: bool) -> None:
+        """Let a lost slot pause, longer each time, so that it does not eat the others' units."""
+        if not lost:
+            self.losses.pop(slot, None)
+            return
+        self.losses[slot] += 1
+        first, longest = REST_SECONDS
+        pause = min(longest, first * 2.0 ** (self.losses[slot] - 1))
+        self.rests_until[slot] = time.monotonic() + pause
 
     def _lost(self, task: Task) -> str:
         self.result.lost += 1
@@ -202,7 +218,9 @@ class _Round:
             for half in halves:
                 self.queue.add(half)
             return f"{failure.message} twice; again in two halves"
-        if kind in ("permanent", "unexpected") or task.attempt >= self.max_attempts:
+        # On a GPU an error may be an earlier unit's: the next attempt gets a fresh process.
+        certain = kind == "unexpected" and (task.device == "cpu" or task.attempt > 1)
+        if kind == "permanent" or certain or task.attempt >= self.max_attempts:
             return self._give_up(task, failure)
         self.result.retried += 1
         if kind == "memory":
@@ -250,19 +268,26 @@ class _Queue:
         return task
 
 
-@contextmanager
-def _interrupts() -> Iterator[list[int]]:
+class _Interrupts(list[int]):
     """Signals received: the first ends the handing out of units, the second stops at once."""
-    received: list[int] = []
 
-    def on_signal(number: int, frame: object) -> None:
-        received.append(number)
-        if len(received) > 1:  # also out of a unit that runs in this process
-            raise KeyboardInterrupt
+    def __enter__(self) -> _Interrupts:
+        self.before = {
+            number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        self.listen()
+        return self
 
-    before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    def listen(self) -> None:
+        """Answer the signals from here."""
+        for number in self.before:
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: object) -> None:
+        self.append(number)
+        if len(self) > 1:  # also out of a unit that runs in this process
+            raise KeyboardInterrupt

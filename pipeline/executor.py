@@ -143,7 +143,7 @@ class RayExecutor:
             slot, task = self.running.pop(ref)
             try:
                 outcome = pickle.loads(self.ray.get(ref))
-            except (self.ray.exceptions.RayActorError, self.ray.exceptions.RaySystemError):
+            except self.ray.exceptions.RayError:  # the slot, its node or its start-up
                 outcome = None
             finished.append(Finished(slot, task, outcome))
         return finished
@@ -201,7 +201,8 @@ def _connect(address: str | None) -> None:
         "logging_level": logging.ERROR, "log_to_driver": False, "ignore_reinit_error": True,
     }  # fmt: skip
     if address is None:
-        ray.init(include_dashboard=False, num_cpus=os.cpu_count(), **options)
+        # "local", or Ray would join a cluster that RAY_ADDRESS or a file in /tmp names.
+        ray.init("local", include_dashboard=False, num_cpus=os.cpu_count(), **options)
         return
     try:
         _knock(address)  # Ray itself would try for two minutes

@@ -301,7 +301,8 @@ class _Parser:
         if len(measurements) < len(self.document.get("measurements", [])):
             return  # an invalid measurement is reported already; its series are not known
         series = {e.series(q) for e in measurements for q in e.measurement.quantities}
-        series |= set(FINAL_QUANTITIES)
+        if self.document.get("train"):
+            series |= set(FINAL_QUANTITIES)
         for index, table in enumerate(tables):
             path = ("correlations", index)
             pair = self.validate(CorrelationPair, table, path)

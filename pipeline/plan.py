@@ -16,13 +16,15 @@ from pipeline.cost import seconds_per_index
 from pipeline.coverage import missing_blocks, without
 from pipeline.entries import Manifest, ResourceSpec
 from pipeline.resolve import resolve
-from pipeline.shards import ShardName, list_shards
+from pipeline.shards import Quarantined, ShardName, list_shards
 from pipeline.specs import Resolved, Spec, Task, Unresolved
 from pipeline.store import Store
 from pipeline.tables import stage_columns
 from tasks.block import Block
 
 State = Literal["done", "todo", "failed", "waiting"]
+# ``finished`` by spec key, measurement (twins share a key but not their targets) and stage.
+Decisions = dict[tuple[str, str, int], bool]
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Plan:
     waiting: tuple[str, ...]
     stale: tuple[str, ...]
     calibration: tuple[float, float, float]
-    decisions: dict[tuple[str, int], bool] = field(repr=False, default_factory=dict)
+    decisions: Decisions = field(repr=False, default_factory=dict)
 
     @property
     def predicted_seconds(self) -> float:
@@ -73,7 +75,7 @@ def make_plan(
     *,
     resolved: Resolved | None = None,
     retry_failed: bool = False,
-    decisions: dict[tuple[str, int], bool] | None = None,
+    decisions: Decisions | None = None,
 ) -> Plan:
     """Compare what the manifest wants with what the store holds.
 
@@ -82,16 +84,21 @@ def make_plan(
         store: The run folder.
         resolved: The manifest's specs, if already resolved and unchanged.
         retry_failed: Treat failed ranges as to do again.
-        decisions: Memory of ``finished`` by (spec key, stage); filled in, so that a scheduler
-            that plans repeatedly reads each complete stage once.
+        decisions: Memory of ``finished``; filled in, so that a scheduler that plans repeatedly
+            reads each complete stage once.
     """
     resolved = resolved or resolve(manifest, store)
     decisions = {} if decisions is None else decisions
     present = list_shards(store)
-    specs = [
-        _spec_plan(spec, present.get(spec.key, ()), store, retry_failed, decisions)
-        for spec in resolved.specs
-    ]
+    damaged: list[Quarantined] = []
+    specs: list[SpecPlan] = []
+    for spec in resolved.specs:
+        names = present.get(spec.key, ())
+        specs.append(_spec_plan(spec, names, store, retry_failed, decisions, damaged))
+        if damaged:  # what was set aside is to do again: the listing is another one now
+            return make_plan(
+                manifest, store, resolved=resolved, retry_failed=retry_failed, decisions=decisions
+            )
     planned_blocks: dict[str, list[Block]] = {}
     units: list[Task] = []
     for item in specs:
@@ -115,19 +122,27 @@ def final_stage(
     spec: Spec,
     names: Sequence[ShardName],
     store: Store,
-    decisions: dict[tuple[str, int], bool],
+    decisions: Decisions,
+    damaged: list[Quarantined],
 ) -> tuple[int, Block]:
-    """The stage a spec is in, and its block. Rows beyond it (of a larger budget) are not used."""
+    """The stage a spec is in, and its block. Rows beyond it (of a larger budget) are not used.
+
+    Shards found damaged are set aside and join ``damaged``; no decision rests on what is left.
+    """
     have = [name.block for name in names if name.generation is None]
     stages = spec.stages()
     for number, block in enumerate(stages[:-1]):
         if missing_blocks(block, have):
             return number, block
-        if (spec.key, number) not in decisions:
-            assert spec.entry is not None
-            rows = stage_columns(store, spec.key, block)
-            decisions[spec.key, number] = spec.entry.measurement.finished(rows)
-        if decisions[spec.key, number]:
+        assert spec.entry is not None
+        memo = (spec.key, spec.entry.measurement.model_dump_json(), number)
+        if memo not in decisions:
+            known = len(damaged)
+            rows = stage_columns(store, spec.key, block, damaged)
+            if len(damaged) > known:
+                return number, block
+            decisions[memo] = spec.entry.measurement.finished(rows)
+        if decisions[memo]:
             return number, block
     return len(stages) - 1, stages[-1]
 
@@ -137,9 +152,10 @@ def _spec_plan(
     names: Sequence[ShardName],
     store: Store,
     retry_failed: bool,
-    decisions: dict[tuple[str, int], bool],
+    decisions: Decisions,
+    damaged: list[Quarantined],
 ) -> SpecPlan:
-    stage, wanted = final_stage(spec, names, store, decisions)
+    stage, wanted = final_stage(spec, names, store, decisions, damaged)
     have = [name.block for name in names if name.generation is None]
     lacking = missing_blocks(wanted, have)
     if not lacking:

@@ -17,8 +17,8 @@ from pipeline.driver import Launch, Observer, launch
 from pipeline.entries import Manifest
 from pipeline.errors import UsageError
 from pipeline.executor import Executor, InlineExecutor, RayExecutor
-from pipeline.frozen import thaw
-from pipeline.lock import lock_commits
+from pipeline.frozen import FROZEN, thaw
+from pipeline.lock import LOCK, lock_commits
 from pipeline.manifest import load_manifest, parse_manifest
 from pipeline.plan import Plan, make_plan
 from pipeline.reduce import Tables, planned_shards, reduce_run, write_tables
@@ -28,6 +28,11 @@ from pipeline.store import Store, open_store
 
 MANIFEST, RUN = "manifest.toml", "run.json"
 RUN_VERSION = 1
+# What a launch writes; anything else in a folder means that it is somebody else's.
+CONTENTS = frozenset((
+    MANIFEST, RUN, FROZEN, LOCK, "specs", "shards", "checkpoints", "tables", "figures",
+    "report.html", "quarantine",
+))  # fmt: skip
 TEMPORARY_SECONDS = 3600.0  # older temporaries belong to dead writers: chosen
 
 
@@ -73,6 +78,11 @@ def start_run(manifest_path: Path, folder: str | None) -> Run:
                 f"{run.store.uri} is the run of manifest {known!r}, not of {manifest.name!r}. "
                 "Give the new manifest a folder of its own with --run"
             )
+    elif foreign := [key for key in run.store.list() if key.partition("/")[0] not in CONTENTS]:
+        raise UsageError(
+            f"{run.store.uri} is not empty and no run folder: it holds {foreign[0]!r}. "
+            "Choose a new or empty folder with --run"
+        )
     return run
 
 

@@ -24,6 +24,7 @@ from pipeline.versions import versions
 
 HEARTBEAT_SECONDS = 1.0
 HEARTBEAT = b""
+MORE, LAST = b"\0", b"\1"  # before an outcome: whether the child takes another task
 # What children would otherwise load one by one, at half a second each. The third is what torch
 # loads at the first forward-mode derivative, the last reads `digits`.
 PRELOAD = ["pipeline.worker", "timm", "torch._decomp.decompositions_for_jvp", "sklearn.datasets"]
@@ -47,13 +48,15 @@ class Slot:
         for what the unit or its process does.
         """
         started = time.monotonic()
-        pipe = self._child_for(subject)
         try:
+            pipe = self._child_for(subject)
             pipe.send_bytes(task)
             return self._await(pipe, started)
-        except (EOFError, BrokenPipeError, ConnectionResetError):
+        except (EOFError, OSError) as error:
             code = self._stop()
-            cause = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+            if code is None:
+                return _died("crash", f"No worker process could be started: {error!r}", started)
+            cause = f"signal {-code}" if code < 0 else f"exit code {code}"
             return _died("crash", f"The worker process died ({cause})", started)
 
     def close(self) -> None:
@@ -67,8 +70,11 @@ class Slot:
                 silent = f"No sign of life for {self.hang_seconds:g} s; the worker was killed"
                 return _died("hang", silent, started)
             message = pipe.recv_bytes()
-            if message != HEARTBEAT:
-                return message
+            if message == HEARTBEAT:
+                continue
+            if message[:1] == LAST:
+                self._stop()
+            return message[1:]
 
     def _child_for(self, subject: str) -> Connection:
         if (
@@ -149,7 +155,11 @@ def _serve(pipe: Connection) -> None:
         while True:
             task = pickle.loads(pipe.recv_bytes())
             busy.set()
-            outcome = pickle.dumps(run_unit(task, bench))
+            outcome = run_unit(task, bench)
+            # After an unknown error the process may be unfit (a broken CUDA context, for one).
+            last = outcome.failure_class == "unexpected"
             with lock:
                 busy.clear()
-                pipe.send_bytes(outcome)
+                pipe.send_bytes((LAST if last else MORE) + pickle.dumps(outcome))
+            if last:
+                return

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from pipeline.shards import Shard, read_shards
+from pipeline.shards import Quarantined, Shard, read_shards
 from pipeline.store import Store
 from tasks.block import Block
 from tasks.measurement import Columns
@@ -42,9 +42,13 @@ def spec_frame(shards: Sequence[Shard], wanted: Block | None) -> pd.DataFrame:
     return by_place.drop(columns="_draw").reset_index(drop=True)
 
 
-def stage_columns(store: Store, spec_key: str, block: Block) -> Columns:
-    """The rows of a spec within a stage's block, as measurements read them."""
-    return frame_columns(spec_frame(list(read_shards(store, [spec_key])), block))
+def stage_columns(store: Store, spec_key: str, block: Block, damaged: list[Quarantined]) -> Columns:
+    """The rows of a spec within a stage's block, as measurements read them.
+
+    Shards that had to be set aside are missing from them, and join ``damaged``.
+    """
+    shards = list(read_shards(store, [spec_key], quarantined=damaged))
+    return frame_columns(spec_frame(shards, block))
 
 
 def frame_columns(frame: pd.DataFrame) -> Columns:

@@ -44,6 +44,8 @@ from tasks.measurement import Batch, MeasurementError, Row, Subject
 from tasks.training import TrainSettings, train
 
 Progress = Callable[[float], None]
+# What torch raises as a plain RuntimeError when the CPU's or cuBLAS's memory ends.
+_OUT_OF_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 @dataclass
@@ -69,15 +71,20 @@ class Workbench:
         assert spec.ref is not None
         dtype = getattr(torch, str(spec.fields["dtype"]))
         loaded = load_checkpoint(_with_weights(task), dtype=dtype, device=task.device)
-        dataset = self.dataset(task, spec.data.split)
-        if (found := dataset.identity()) != spec.data_identity:
-            raise DatasetError(
-                f"the images of {spec.data.name!r} changed after the plan was made (planned "
-                f"{spec.data_identity[:12]}, found {found[:12]}). Run the command again"
-            )
+        dataset = self.planned_dataset(task, spec.data.split, spec.data_identity)
         return make_subject(loaded, dataset, task)
 
-    def dataset(self, task: Task, split: str) -> ImageDataset:
+    def planned_dataset(self, task: Task, split: str, identity: str) -> ImageDataset:
+        """The images of one split. Raises DatasetError if they are not those of the plan."""
+        dataset = self._dataset(task, split)
+        if (found := dataset.identity()) != identity:
+            raise DatasetError(
+                f"the {split} images of {task.spec.data.name!r} changed after the plan was made "
+                f"(planned {identity[:12]}, found {found[:12]}). Run the command again"
+            )
+        return dataset
+
+    def _dataset(self, task: Task, split: str) -> ImageDataset:
         """The images of one split, loaded once."""
         data = task.spec.data
         key = (data.name, data.root, split)
@@ -104,7 +111,10 @@ def run_unit(task: Task, bench: Workbench, progress: Progress | None = None) -> 
             rows, artifacts = task.spec.entry.measurement.measure(subject, task.block), {}
             self_test = _self_test(subject)
         seconds = time.perf_counter() - clock
-        record = _record(task, started, seconds, len(rows), artifacts, self_test)
+        record = _record(
+            task, started, seconds, len(rows), artifacts, self_test,
+            device=_device_name(task.device), peak_bytes=_peak_bytes(task.device),
+        )  # fmt: skip
         key = shard_key(task.spec.key, task.block)
         if store.put_new(key, encode_shard(rows, record, _constants(task))):
             return Outcome("committed", seconds)
@@ -118,13 +128,15 @@ def run_unit(task: Task, bench: Workbench, progress: Progress | None = None) -> 
     except StoreError as error:
         return _failed(error, "store", clock)
     except Exception as error:  # a border: an unknown error becomes a row with its traceback
-        return _failed(error, "unexpected", clock)
+        memory = any(words in str(error) for words in _OUT_OF_MEMORY)
+        return _failed(error, "memory" if memory else "unexpected", clock)
 
 
 def write_failure(store: Store, task: Task, failure: Failure) -> bool:
     """Publish a failure shard: the unit is settled until somebody asks to try again."""
     now = datetime.now(UTC)
-    record = _record(task, now, 0.0, 0, {}, None).model_copy(
+    # Written by the scheduler, whose machine may have no such device.
+    record = _record(task, now, 0.0, 0, {}, None, device=task.device, peak_bytes=None).model_copy(
         update={"status": "failed", "failure": failure}
     )
     key = shard_key(task.spec.key, task.block, task.generation)
@@ -164,8 +176,8 @@ def _train(
     assert entry is not None
     trained = train(
         entry.settings,
-        bench.dataset(task, "train"),
-        bench.dataset(task, "test"),
+        bench.planned_dataset(task, "train", task.spec.fields["train_data"]),
+        bench.planned_dataset(task, "test", task.spec.fields["test_data"]),
         device=task.device,
         progress=(lambda step, steps: progress(step / steps)) if progress else None,
     )
@@ -202,6 +214,9 @@ def _record(
     num_rows: int,
     artifacts: dict[str, str],
     self_test: dict[str, Any] | None,
+    *,
+    device: str,
+    peak_bytes: int | None,
 ) -> UnitRecord:
     spec, samples, draws = task.spec, task.block.samples, task.block.draws
     return UnitRecord(
@@ -209,10 +224,10 @@ def _record(
         draw_start=draws.start, draw_stop=draws.stop, checkpoint=spec.checkpoint,
         family=spec.family, metric=spec.metric, label=spec.label, kind=spec.kind, status="ok",
         failure=None, generation=task.generation, attempt=task.attempt,
-        host=socket.gethostname(), device=_device_name(task.device), pid=os.getpid(),
+        host=socket.gethostname(), device=device, pid=os.getpid(),
         threads=task.threads, batch_size=task.batch_size, started_at=_iso(started),
         finished_at=_iso(datetime.now(UTC)), seconds=seconds,
-        predicted_seconds=task.predicted_seconds, peak_bytes=_peak_bytes(task.device),
+        predicted_seconds=task.predicted_seconds, peak_bytes=peak_bytes,
         num_rows=num_rows, versions=versions(), self_test=self_test, artifacts=artifacts,
     )  # fmt: skip
 

@@ -110,8 +110,10 @@ def correlate(
     num_missing = int(a.size - usable.sum())
     groups = np.zeros(a.size, int) if families is None else _codes(families)
     kept = usable & _has_sibling(groups, usable) if families is not None else usable
+    outside = np.isfinite(np.asarray(x, float)) & np.isfinite(np.asarray(y, float)) & ~usable
     notes = [
-        _plural(usable.sum() - kept.sum(), "checkpoint without siblings in the family, left out")
+        _plural(outside.sum(), "checkpoint not positive, so outside its scale"),
+        _plural(usable.sum() - kept.sum(), "checkpoint without siblings in the family, left out"),
     ]
     a, b, a_noise, b_noise = (v[kept] for v in (a, b, a_noise, b_noise))
     groups = groups[kept]

@@ -368,3 +368,19 @@ def test_a_full_disk_stops_the_launch_and_room_lets_it_finish(small_disk: Path, 
         name: written[name] for name in shards
     }, "committed shards were written again"
     assert open_run(str(small_disk / "run")).plan().num_failed == 0
+
+
+def test_a_folder_of_other_files_is_not_made_a_run(manifest: Path):
+    images = manifest.parent / "images"
+    (images / "cats").mkdir(parents=True)
+    (images / "cats/1.png").write_bytes(b"")
+    answer = call("launch", manifest, "--run", images, "--on", "inline")
+    assert answer.code == 2
+    assert "is not empty and no run folder: it holds 'cats/1.png'" in answer.err
+    assert files(images) == {"cats/1.png": b""}
+
+
+def test_training_a_manifest_without_training_is_a_mistake(manifest: Path):
+    answer = call("train", manifest, "--run", manifest.parent / "run", "--on", "inline")
+    assert answer.code == 2
+    assert "has no [[train]] table" in answer.err

@@ -260,7 +260,6 @@ def test_json_leaves_stdout_to_json(manifest: Path, run: Path):
     for command in (
         ["plan", manifest, "--run", run],
         ["launch", manifest, "--run", run, "--on", "inline"],
-        ["train", manifest, "--run", run, "--on", "inline"],
         ["resume", run, "--on", "inline"],
         ["query", run, "measurements"],
         ["query", run, "failures"],

@@ -292,3 +292,11 @@ def test_three_hundred_families_of_one_are_no_groups_of_their_own():
     within = table[table["group"] == "within"]
     assert within["r"].isna().all()
     assert within["reason"].str.contains("297 checkpoints without siblings").all()
+
+
+def test_values_without_a_logarithm_are_missing_and_named():
+    x, y = np.exp(np.arange(12.0)), np.exp(np.arange(12.0) ** 1.5)
+    y[:2] = (-1.0, 0.0)
+    found = correlate(x, y, 0 * x, 0 * x, transform_x="log", transform_y="log", seed=0)
+    assert (found.n, found.n_missing) == (10, 2)
+    assert "2 checkpoints not positive" in found.reason

@@ -2,20 +2,23 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from populations import Quiet, save_mlp, write_manifest
 
-from pipeline.driver import MAX_LOST_SLOTS, launch
+from pipeline.driver import MAX_LOST_SLOTS, Launch, _Round, launch
 from pipeline.errors import StoreError
 from pipeline.executor import Finished
 from pipeline.outcome import HINTS, Outcome
 from pipeline.plan import make_plan
 from pipeline.run import Run, start_run
 from pipeline.schema import Failure
+from pipeline.shards import read_shards
 from pipeline.specs import Task
-from pipeline.worker import Workbench, run_unit
+from pipeline.worker import Workbench, run_unit, write_failure
 
 BOTH = """
 [[measurements]]
@@ -31,6 +34,7 @@ class Scripted:
 
     def __init__(self, script: Callable[[Task], object], slots: int = 2) -> None:
         self.script, self.slots, self.bench = script, slots, Workbench()
+        self.dead: set[int] = set()
         self.pending: list[tuple[int, Task]] = []
         self.attempts: list[Task] = []
         self.most_at_once = 0
@@ -49,7 +53,7 @@ class Scripted:
             return []
         slot, task = self.pending.pop(0)
         self.attempts.append(task)
-        answer = self.script(task)
+        answer = "lost" if slot in self.dead else self.script(task)
         if answer == "lost":
             return [Finished(slot, task, None)]
         return [Finished(slot, task, answer or run_unit(task, self.bench))]
@@ -108,6 +112,21 @@ def test_a_second_launch_does_nothing_and_opens_no_executor(run: Run):
     assert (result.committed, result.failed) == (0, 0)
 
 
+@pytest.fixture
+def no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.driver.REST_SECONDS", (0.0, 0.0))
+
+
+def test_a_slot_that_is_gone_rests_and_leaves_the_units_to_the_others(run: Run):
+    executor, observer = Scripted(lambda task: None), Quiet()
+    executor.dead = {0}
+    result = launch(run.manifest, run.store, lambda: executor, observer)
+    assert result.failed == 0
+    assert result.committed == 2 * (2 + 4 * 2)
+    assert 1 <= result.lost <= 8  # pauses of 1, 2, 4 ... seconds, not a loss per unit
+
+
+@pytest.mark.usefixtures("no_rest")
 def test_lost_slots_cost_the_unit_no_attempt_until_the_limit(run: Run):
     lost: Counter[object] = Counter()
 
@@ -121,6 +140,7 @@ def test_lost_slots_cost_the_unit_no_attempt_until_the_limit(run: Run):
     assert all("requeued" in note for note in observer.notes)
 
 
+@pytest.mark.usefixtures("no_rest")
 def test_units_whose_slots_are_always_lost_become_failure_rows(run: Run):
     result, _, _ = go(run, lambda task: "lost")
     assert result.committed == 0
@@ -206,3 +226,51 @@ def test_a_store_that_cannot_be_written_stops_the_launch_with_exit_code_4(run: R
         go(run, lambda task: failed("store", "No space left on device"))
     assert caught.value.disk_full
     assert caught.value.exit_code == 4
+
+
+def test_unknown_errors_get_a_second_attempt_on_gpus_only(run: Run):
+    def script(task: Task):
+        return failed("unexpected") if task.attempt == 1 else Outcome("committed", 0.1)
+
+    on_cpu, _, _ = go(run, script)
+    assert (on_cpu.committed, on_cpu.retried) == (0, 0)
+    resources = run.manifest.resources.model_copy(update={"num_gpus": 1.0})
+    manifest = replace(run.manifest, resources=resources)
+    units = make_plan(manifest, run.store, retry_failed=True).units
+    assert {unit.device for unit in units} == {"cuda"}
+    executor, result = Scripted(script), Launch()
+    _Round(manifest, run.store, executor, Quiet(), result, []).run(list(units))
+    assert (result.committed, result.retried, result.failed) == (len(units), len(units), 0)
+
+
+def test_a_failure_on_a_gpu_is_recorded_by_a_scheduler_without_one(run: Run):
+    task = replace(make_plan(run.manifest, run.store).units[0], device="cuda")
+    failure = Failure(class_="permanent", type="Broken", message="it broke")
+    assert write_failure(run.store, task, failure)
+    (shard,) = read_shards(run.store)
+    assert shard.unit.device == "cuda"
+    assert shard.unit.peak_bytes is None
+
+
+def test_memory_that_ends_on_the_cpu_is_a_memory_failure(run: Run, monkeypatch):
+    def measure(self, subject, block):
+        torch.empty(10**15)
+
+    monkeypatch.setattr("tasks.sensitivity.NormalizedMls.measure", measure)
+    (unit, *_) = make_plan(run.manifest, run.store).units
+    outcome = run_unit(unit, Workbench())
+    assert outcome.failure_class == "memory"
+
+
+def test_training_on_other_images_than_planned_is_refused(tmp_path: Path):
+    manifest = write_manifest(
+        tmp_path / "m.toml", measurements="",
+        extra='[[train]]\nnetwork = "mlp"\nwidth = 8\ndepth = 1\nsteps = 2\n',
+        checkpoints=str(save_mlp(tmp_path / "other")),
+    )  # fmt: skip
+    (unit,) = start_run(manifest, str(tmp_path / "run")).plan().units
+    other = replace(unit.spec, fields=unit.spec.fields | {"test_data": "0" * 64})
+    outcome = run_unit(replace(unit, spec=other), Workbench())
+    assert outcome.failure_class == "permanent"
+    assert outcome.failure is not None
+    assert "test images of 'digits' changed" in outcome.failure.message

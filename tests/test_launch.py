@@ -93,7 +93,10 @@ def copied_training(undisturbed: Path, run: Path) -> None:
 
 
 @pytest.mark.parametrize("slots", [1, 2])
-def test_ray_gives_the_same_bytes_as_inline(undisturbed: Path, tmp_path: Path, slots: int):
+def test_ray_gives_the_same_bytes_as_inline(
+    undisturbed: Path, tmp_path: Path, slots: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # local means here, whatever this says
     result = launched(prepare(tmp_path, slots=slots), tmp_path / "run", on="local")
     assert result.failed == result.lost == 0
     assert tables(tmp_path / "run") == tables(undisturbed)
@@ -141,13 +144,16 @@ def test_killed_driver_is_continued_by_the_same_command(undisturbed: Path, tmp_p
     assert {path: path.read_bytes() for path in done} == done, "committed shards were redone"
 
 
-def test_interrupt_finishes_running_units_and_resume_continues(undisturbed: Path, tmp_path: Path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_finishes_running_units_and_resume_continues(
+    undisturbed: Path, tmp_path: Path, number: signal.Signals
+):
     manifest, run = prepare(tmp_path), tmp_path / "run"
     copied_training(undisturbed, run)
     process = flatcensus("launch", manifest, "--run", run)
     before = len(shards(run))
     wait_for(lambda: len(shards(run)) > before + 2, what="a few shards")
-    kill(process.pid, signal.SIGINT)
+    kill(process.pid, number)
     _, messages = process.communicate(timeout=120)
     assert process.returncode == 130, messages
     assert f"flatcensus resume {run}" in messages

@@ -282,3 +282,43 @@ def test_publishing_replaces_each_table_in_one_step_and_leaves_nothing_else(copi
     (folder / "summary.parquet").write_bytes(b"old")
     copied.reduce()
     assert set(files(folder)) == {f"{name}.parquet" for name in TABLES}
+
+
+TWINS = """
+[[measurements]]
+metric = "adaptive_sharpness"
+label = "loose"
+max_draws = 4
+target_relative_stderr = 1e9
+[[measurements]]
+metric = "adaptive_sharpness"
+label = "tight"
+max_draws = 4
+target_relative_stderr = 1e-9
+"""
+
+
+@pytest.fixture
+def twins(tmp_path: Path) -> Run:
+    save_mlp(tmp_path / "checkpoints/mlp0")
+    manifest = write_manifest(tmp_path / "m.toml", samples=16, measurements=TWINS)
+    run = start_run(manifest, str(tmp_path / "run"))
+    execute(run, Quiet(), on="inline")
+    return run
+
+
+def sharpness(run: Run) -> pd.DataFrame:
+    _, found = run.reduce()
+    return found.summary.query("quantity == 'adaptive_sharpness'").set_index("label")
+
+
+def test_twins_that_differ_in_their_target_stop_by_their_own(twins: Run):
+    assert dict(sharpness(twins)["num_rows"]) == {"loose": 16 * 2, "tight": 16 * 4}
+
+
+def test_no_stopping_decision_rests_on_what_a_damaged_shard_left(twins: Run):
+    first = twins.store.path(list_shards(twins.store).popitem()[1][0].key)
+    first.write_bytes(first.read_bytes()[:-1] + b"?")
+    found = sharpness(twins)
+    assert set(found["status"]) == {"incomplete"}
+    assert found["value"].isna().all()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,24 @@ def test_a_slot_loads_neither_torch_nor_timm():
     code = "import sys, pipeline.slot; print({'torch', 'timm'} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
+
+
+def test_a_child_with_an_unknown_error_does_no_further_unit(slot: Slot, tasks: list[Task]):
+    run(slot, tasks[0])
+    first = child(slot)
+    odd = replace(tasks[1], spec=replace(tasks[1].spec, fields={}))
+    outcome = pickle.loads(slot.run(tasks[0].spec.subject, pickle.dumps(odd)))
+    assert outcome.failure_class == "unexpected"
+    assert run(slot, tasks[1]).status == "committed"
+    assert child(slot) != first
+
+
+def test_a_child_that_cannot_be_started_is_a_named_outcome(slot: Slot, tasks, monkeypatch):
+    def refuse(*arguments, **keywords):
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(slot.context, "Process", refuse)
+    outcome = run(slot, tasks[0])
+    assert outcome.failure_class == "crash"
+    assert outcome.failure is not None
+    assert "no more processes" in outcome.failure.message
