@@ -55,7 +55,6 @@ class Launch:
     interrupted: bool = False
     nondeterminism: list[str] = field(default_factory=list)
     seconds: float = 0.0
-    plan: Plan | None = None
 
 
 def launch(
@@ -99,7 +98,6 @@ def launch(
                 write_specs(plan, store)
                 retry_failed = False  # once; what fails again in this launch stays failed
                 units = [u for u in plan.units if u.spec.kind == "train" or not train_only]
-                result.plan = plan
                 if not units:
                     break
                 if executor is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.calibration import calibrate, finished_units
@@ -22,7 +22,7 @@ from pipeline.store import Store
 from pipeline.tables import stage_columns
 from tasks.block import Block
 
-State = Literal["done", "todo", "failed", "waiting"]
+State = Literal["done", "todo", "failed"]
 # ``finished`` by spec key, measurement (twins share a key but not their targets) and stage.
 Decisions = dict[tuple[str, str, int], bool]
 
@@ -56,7 +56,6 @@ class Plan:
     waiting: tuple[str, ...]
     stale: tuple[str, ...]
     calibration: tuple[float, float, float]
-    decisions: Decisions = field(repr=False, default_factory=dict)
 
     @property
     def predicted_seconds(self) -> float:
@@ -114,7 +113,6 @@ def make_plan(
         waiting=tuple(ref.entry.name for ref in resolved.untrained),
         stale=tuple(sorted(key for key in present if key not in planned)),
         calibration=calibrate(finished_units(store, planned, present)),
-        decisions=decisions,
     )
 
 

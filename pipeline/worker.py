@@ -15,7 +15,7 @@ import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,7 +43,6 @@ from tasks.datasets import DatasetError, ImageDataset, load_batch, preprocessing
 from tasks.measurement import Batch, MeasurementError, Row, Subject
 from tasks.training import TrainSettings, train
 
-Progress = Callable[[float], None]
 # What torch raises as a plain RuntimeError when the CPU's or cuBLAS's memory ends.
 _OUT_OF_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
@@ -93,7 +92,7 @@ class Workbench:
         return self.datasets[key]
 
 
-def run_unit(task: Task, bench: Workbench, progress: Progress | None = None) -> Outcome:
+def run_unit(task: Task, bench: Workbench) -> Outcome:
     """Do one unit and commit its shard. All failures come back as an Outcome."""
     torch.set_num_threads(task.threads)
     # Float32 means float32: by default torch lets convolutions on GPUs round to 10 bits.
@@ -103,7 +102,7 @@ def run_unit(task: Task, bench: Workbench, progress: Progress | None = None) -> 
     try:
         store = open_store(task.store)
         if task.spec.kind == "train":
-            rows, artifacts = _train(task, bench, store, progress)
+            rows, artifacts = _train(task, bench, store)
             self_test = None
         else:
             assert task.spec.entry is not None
@@ -165,9 +164,7 @@ def make_subject(loaded: LoadedCheckpoint, dataset: ImageDataset, task: Task) ->
     )
 
 
-def _train(
-    task: Task, bench: Workbench, store: Store, progress: Progress | None
-) -> tuple[list[Row], dict[str, str]]:
+def _train(task: Task, bench: Workbench, store: Store) -> tuple[list[Row], dict[str, str]]:
     """Train, publish the checkpoint folder, and return history and artifact digests.
 
     The shard that follows is the commit; weights without a shard are a leftover and are replaced.
@@ -179,7 +176,6 @@ def _train(
         bench.planned_dataset(task, "train", task.spec.fields["train_data"]),
         bench.planned_dataset(task, "test", task.spec.fields["test_data"]),
         device=task.device,
-        progress=(lambda step, steps: progress(step / steps)) if progress else None,
     )
     artifacts: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="flatcensus-") as folder:
