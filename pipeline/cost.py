@@ -23,7 +23,7 @@ def seconds_per_index(spec: Spec, device: str) -> float:
         forwards = settings.steps * settings.batch_size * BACKWARD_FORWARDS
     else:
         assert spec.entry is not None
-        forwards = spec.entry.measurement.forward_equivalents(spec.network.num_outputs)
+        forwards = spec.entry.measurement.forward_equivalents(spec.network)
     return forwards * forward_seconds(spec.network, device)
 
 

@@ -16,7 +16,7 @@ from pipeline.shards import shard_key
 from pipeline.specs import TRAINING_BLOCK, Resolved, Spec, TrainedRef, Unresolved
 from pipeline.store import Store
 from tasks.checkpoints import CheckpointRef
-from tasks.outline import Outline
+from tasks.outline import LayerOutline, Outline
 
 FROZEN = "resolved.json"
 
@@ -78,9 +78,14 @@ def _spec(record: dict[str, Any], manifest: Manifest) -> Spec:
             "entry": None if measurement is None else manifest.measurements[measurement],
             "train": None if train is None else manifest.train[train],
             "data": DataSpec(**record["data"]),
-            "network": Outline(**record["network"]),
+            "network": _outline(record["network"]),
         }
     )
+
+
+def _outline(record: dict[str, Any]) -> Outline:
+    layers = tuple(LayerOutline(**layer) for layer in record.get("layers", ()))
+    return Outline(**{**record, "layers": layers})
 
 
 def _digest(manifest: Manifest) -> str:

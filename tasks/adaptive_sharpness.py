@@ -43,6 +43,7 @@ from tasks.measurement import (
     Status,
     Subject,
 )
+from tasks.outline import Outline
 from tasks.perturbation import PerturbableWeights, perturbable
 from tasks.random import generator
 from tasks.sample_mean import sample_mean
@@ -240,7 +241,7 @@ class AdaptiveSharpness(Measurement):
             estimates.append(sample_mean(rows, _ERROR_NAME))
         return estimates
 
-    def forward_equivalents(self, num_outputs: int) -> float:
+    def forward_equivalents(self, network: Outline) -> float:
         """Forwards per index, with the unperturbed one shared by the draws of an image."""
         return self._num_signs + 1 / self.min_draws
 

@@ -20,13 +20,16 @@ import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import pydantic
 import torch
 
 from tasks.block import Block
+
+if TYPE_CHECKING:
+    from tasks.outline import Outline
 
 Output = Literal["sigmoid", "identity"]
 Columns = Mapping[str, np.ndarray]
@@ -84,7 +87,9 @@ class Row:
 
     ``lower``/``upper`` enclose the value of this row (numerical certificate), ``stderr`` is its
     random error; each is None where it does not apply. ``forward_equivalents`` counts the work in
-    units of one no-grad forward of one image, ``num_probes`` random vectors or weight draws.
+    units of one no-grad forward of one image, ``num_probes`` random vectors or weight draws. Every
+    row belongs to a sample; what depends on the weights alone (a norm of a layer's matrix) is
+    attached to sample 0.
     """
 
     quantity: str
@@ -114,6 +119,7 @@ class Estimate:
     draws), ``stderr_draws`` its part from random draws with the images held fixed (NaN where it
     cannot be told apart or does not exist), ``error_bound`` the mean half width of the rows'
     certificates (0 where the rows are exact, NaN where they have none). The interval is 95 %.
+    ``layer`` names the layer of a layer-wise estimate, None is the whole network.
     """
 
     quantity: str
@@ -128,6 +134,43 @@ class Estimate:
     num_probes: int = 0
     forward_equivalents: float = 0.0
     status: Status = Status.OK
+    layer: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Both sides of one inequality left <= right of one checkpoint; a line of the ``bounds`` table.
+
+    Attributes:
+        bound: Which inequality, by the paper's equation: ``"11"``, ``"12b"``, ``"48 A<=B"``.
+        kind: Which form of it where weights are shared between positions (``printed``,
+            ``untied``, ...), empty where there is only one.
+        left: Left side, in units of the quantity that is bounded.
+        right: Right side in the same units; infinite or NaN where it is not defined.
+        holds: Whether left <= right up to rounding; None where a side is not defined.
+        is_theorem: Whether it must hold for every network that meets the conditions.
+        conditions_met: Whether this checkpoint meets them.
+        conditions: What the conditions are, and which of them are not met on how many images.
+        layer: For a layer-wise inequality, its layer.
+        num_samples: Images that both sides are means over.
+    """
+
+    bound: str
+    kind: str
+    left: float
+    right: float
+    holds: bool | None
+    is_theorem: bool
+    conditions_met: bool
+    conditions: str
+    num_samples: int
+    layer: str | None = None
+
+    @property
+    def slack_log10(self) -> float:
+        """log10(right / left): orders of magnitude to spare, negative where it fails."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return float(np.log10(np.float64(self.right)) - np.log10(np.float64(self.left)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +214,11 @@ class MeasurementError(RuntimeError):
 
 
 class Measurement(Settings, ABC):
-    """Interface of a measurement. Subclasses are leaves: nothing concrete is overridden."""
+    """Interface of a measurement. Subclasses are leaves; ``note`` and ``checks`` have defaults.
+
+    ``quantities`` are those of the whole network, one estimate each. Layer-wise estimates may come
+    beside them.
+    """
 
     metric: ClassVar[str]
     version: ClassVar[int]  # bump it when numbers change: those units run again, only those
@@ -201,8 +248,16 @@ class Measurement(Settings, ABC):
         """Reduce the rows of the final stage to one estimate per quantity."""
 
     @abstractmethod
-    def forward_equivalents(self, num_outputs: int) -> float:
+    def forward_equivalents(self, network: Outline) -> float:
         """Predicted cost of one sample and draw in no-grad forwards of one image."""
+
+    def note(self, network: Outline) -> str:
+        """What a user should know before it runs on this network: method chosen, memory needed."""
+        return ""
+
+    def checks(self, rows: Columns) -> list[Check]:
+        """Inequalities evaluated on the rows of the final stage."""
+        return []
 
     def key_fields(self) -> dict[str, Any]:
         """The settings that determine rows, defaults filled in."""

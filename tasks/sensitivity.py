@@ -40,6 +40,7 @@ from tasks.measurement import (
     Status,
     Subject,
 )
+from tasks.outline import Outline
 from tasks.random import generator
 from tasks.sample_mean import sample_mean
 from tasks.self_test import self_test
@@ -122,13 +123,13 @@ class NormalizedMls(Measurement):
         """
         return [sample_mean(rows, quantity) for quantity in self.quantities]
 
-    def forward_equivalents(self, num_outputs: int) -> float:
+    def forward_equivalents(self, network: Outline) -> float:
         """Predicted work per image, from ``_TYPICAL_STEPS`` where it depends on the network."""
-        steps = min(self.max_iterations, num_outputs, _TYPICAL_STEPS)
+        steps = min(self.max_iterations, network.num_outputs, _TYPICAL_STEPS)
         return {
             "lanczos": _GRAPH_COST + _STEP_COST * steps,
             "power": _GRAPH_COST + _STEP_COST * self.max_iterations,
-            "dense": _MATH_FORWARD_COST + _ROW_COST * num_outputs,
+            "dense": _MATH_FORWARD_COST + _ROW_COST * network.num_outputs,
             "authors": 1 + _FORWARD_BACKWARD_COST * NUM_STEPS,
         }[self.method]
 

@@ -32,6 +32,7 @@ def test_the_specs_come_back_as_they_were_resolved(run: Run):
             theirs.ref, theirs.entry, theirs.train, theirs.data, theirs.stages(),
         )  # fmt: skip
         assert ours.network.forward_flops == theirs.network.forward_flops
+        assert ours.network.layers == theirs.network.layers != ()
     assert not known.untrained
 
 
