@@ -19,6 +19,7 @@ Shapes: R cotangents, B images, N outputs.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -109,15 +110,16 @@ class LayerGraph:
         wanted = [self._images] if images else []
         wanted += [self._input_zeros[k] for k in inputs] + [self._output_zeros[k] for k in outputs]
         wanted += list(self._copies.values()) if others else []
-        found = torch.autograd.grad(
-            self._graph_logits,
-            wanted,
-            (weighted / scale[..., None]).to(self.logits.dtype),
-            is_grads_batched=True,
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
+        with _image_by_image():
+            found = torch.autograd.grad(
+                self._graph_logits,
+                wanted,
+                (weighted / scale[..., None]).to(self.logits.dtype),
+                is_grads_batched=True,
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
         parts = iter(found)
         return Gradients(
             scale=scale,
@@ -207,7 +209,8 @@ def layer_graph(
             return logits[0], tuple(seen[k] for k in range(len(layers)))
 
         try:
-            logits, inputs = vmap(one_image)(leaf, input_zeros, output_zeros, copies)
+            with _image_by_image():
+                logits, inputs = vmap(one_image)(leaf, input_zeros, output_zeros, copies)
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) or "vmap" not in str(error):
                 raise
@@ -244,6 +247,14 @@ class _Network(nn.Module):
 
     def forward(self, images: torch.Tensor) -> Any:
         return functional_call(self.model[0], self.values, (images,))
+
+
+@contextlib.contextmanager
+def _image_by_image() -> Iterator[None]:
+    """Silence the remark that vmap runs a few operations (pooling of some layouts) in a loop."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+        yield
 
 
 @contextlib.contextmanager
