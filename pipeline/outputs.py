@@ -89,5 +89,12 @@ def _provenance(run: Run, plan: Plan, tables: Tables) -> dict[str, object]:
             for item in plan.specs
             if item.spec.ref is not None
         },
-        "images": sorted({f"{i.spec.data.name}: {i.spec.data_identity}" for i in plan.specs}),
+        "images": sorted(
+            {
+                f"{item.spec.data.name}: {identity}"
+                for item in plan.specs
+                for identity in (item.spec.data_identity, item.spec.training_identity)
+                if identity is not None
+            }
+        ),
     }

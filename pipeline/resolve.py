@@ -26,7 +26,13 @@ from pipeline.specs import (
 )
 from pipeline.store import Store
 from tasks.checkpoints import CheckpointError, CheckpointRef, describe_local, describe_timm
-from tasks.datasets import DatasetError, ImageDataset, load_dataset, transform_identity
+from tasks.datasets import (
+    TRAINING_SPLIT,
+    DatasetError,
+    ImageDataset,
+    load_dataset,
+    transform_identity,
+)
 from tasks.outline import Outline, outline, outline_architecture
 from tasks.training import network_for
 
@@ -51,6 +57,9 @@ def resolve(manifest: Manifest, store: Store) -> Resolved:
             f"[data] samples = {manifest.data.samples}, but {manifest.data.name} "
             f"{manifest.data.split} has {len(images)} images. Lower samples or choose another split"
         )
+    training = None
+    if images is not None:
+        training = _training_images(manifest, images, datasets)
     unresolved: list[Unresolved] = []
     untrained: list[TrainedRef] = []
     for entry in manifest.train:
@@ -76,7 +85,7 @@ def resolve(manifest: Manifest, store: Store) -> Resolved:
                 unresolved.append(Unresolved(name, ref.family, ref.tag, str(error)))
                 continue
             specs += [
-                _measure_spec(manifest, ref, name, entry, images, network, transform)
+                _measure_spec(manifest, ref, name, entry, images, training, network, transform)
                 for entry in manifest.measurements
             ]
     return Resolved(tuple(specs), tuple(unresolved), tuple(untrained))
@@ -120,8 +129,46 @@ def open_dataset(data: DataSpec, *, split: str | None = None) -> ImageDataset:
     return load_dataset(data.name, split=split or data.split, root=root)
 
 
+def _training_images(
+    manifest: Manifest, images: ImageDataset, datasets: _Datasets
+) -> ImageDataset | None:
+    """The training images beside those of the manifest, if one of its measurements takes them.
+
+    Raises:
+        DataError: There are none, or they have other classes.
+        ManifestError: They are fewer than ``samples``.
+    """
+    metrics = [e.metric for e in manifest.measurements if e.measurement.needs_training_images]
+    if not metrics:
+        return None
+    data = manifest.data
+    # Without folders of splits every split would be the same images.
+    if data.root is not None and data.name == "image-folder":
+        folder = Path(data.root) / TRAINING_SPLIT
+        if not folder.is_dir():
+            raise DataError(
+                f"{metrics[0]} needs images of the training split besides those that are measured, "
+                f"but there is no folder {folder}. Put them into {folder}/<class>/ and the others "
+                f"into {folder.parent / data.split}/<class>/, or remove the measurement"
+            )
+    training = datasets.get(data, TRAINING_SPLIT)
+    if training.class_names != images.class_names:
+        raise DataError(
+            f"{metrics[0]}: the training images of {data.name!r} have classes "
+            f"{training.class_names[:12]}, those of split {data.split!r} "
+            f"{images.class_names[:12]}. Labels are the places of the class folders in "
+            "alphabetical order, so both splits need the same ones"
+        )
+    if data.samples > len(training):
+        raise ManifestError(
+            f"[data] samples = {data.samples}, but {metrics[0]} needs as many training images and "
+            f"{data.name} {TRAINING_SPLIT} has {len(training)}. Lower samples or add images"
+        )
+    return training
+
+
 def _train_spec(entry: TrainEntry, datasets: _Datasets) -> Spec:
-    images = datasets.get(entry.data, "train")
+    images = datasets.get(entry.data, TRAINING_SPLIT)
     try:
         network = outline_architecture(*network_for(entry.settings, images))
     except ValueError as error:
@@ -147,6 +194,7 @@ def _measure_spec(
     name: str,
     entry: MeasurementEntry,
     images: ImageDataset,
+    training: ImageDataset | None,
     network: Outline,
     transform: dict[str, Any],
 ) -> Spec:
@@ -161,6 +209,9 @@ def _measure_spec(
         "seed": manifest.seed,
         "measurement": entry.measurement.key_fields(),
     }
+    if entry.measurement.needs_training_images:
+        assert training is not None
+        fields["training_data"] = training.identity()
     return Spec(
         key=spec_key(fields), kind="measure", checkpoint=name, family=ref.family, tag=ref.tag,
         metric=entry.metric, label=entry.label, fields=fields, ref=ref, entry=entry, train=None,

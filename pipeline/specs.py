@@ -73,11 +73,17 @@ class Spec:
         return quantity if self.entry is None else self.entry.series(quantity)
 
     @property
+    def training_identity(self) -> str | None:
+        """Identity of the training images that its measurement takes besides, if it does."""
+        return self.fields.get("training_data")
+
+    @property
     def subject(self) -> str:
         """Units with equal subjects share a worker's loaded network and images."""
         if self.ref is None:
             return self.key
-        return f"{self.ref.identity}|{self.data_identity}|{self.fields['dtype']}"
+        images = f"{self.data_identity}|{self.training_identity or ''}"
+        return f"{self.ref.identity}|{images}|{self.fields['dtype']}"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,7 +39,14 @@ from tasks.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
-from tasks.datasets import DatasetError, ImageDataset, load_batch, preprocessing, sample_order
+from tasks.datasets import (
+    TRAINING_SPLIT,
+    DatasetError,
+    ImageDataset,
+    load_batch,
+    preprocessing,
+    sample_order,
+)
 from tasks.measurement import Batch, MeasurementError, Row, Subject
 from tasks.training import TrainSettings, train
 
@@ -71,7 +78,10 @@ class Workbench:
         dtype = getattr(torch, str(spec.fields["dtype"]))
         loaded = load_checkpoint(_with_weights(task), dtype=dtype, device=task.device)
         dataset = self.planned_dataset(task, spec.data.split, spec.data_identity)
-        return make_subject(loaded, dataset, task)
+        training = None
+        if spec.training_identity is not None:
+            training = self.planned_dataset(task, TRAINING_SPLIT, spec.training_identity)
+        return make_subject(loaded, dataset, task, training=training)
 
     def planned_dataset(self, task: Task, split: str, identity: str) -> ImageDataset:
         """The images of one split. Raises DatasetError if they are not those of the plan."""
@@ -142,10 +152,31 @@ def write_failure(store: Store, task: Task, failure: Failure) -> bool:
     return store.put_new(key, encode_shard([], record, _constants(task)))
 
 
-def make_subject(loaded: LoadedCheckpoint, dataset: ImageDataset, task: Task) -> Subject:
+def make_subject(
+    loaded: LoadedCheckpoint,
+    dataset: ImageDataset,
+    task: Task,
+    *,
+    training: ImageDataset | None = None,
+) -> Subject:
     """Join a network and its images into what measurements see."""
+    return Subject(
+        model=loaded.model,
+        output=task.spec.fields["output"],
+        batch=_loader(loaded, dataset, task),
+        seed=task.seed,
+        batch_size=task.batch_size,
+        num_parameters=loaded.num_parameters,
+        training_batch=None if training is None else _loader(loaded, training, task),
+    )
+
+
+def _loader(
+    loaded: LoadedCheckpoint, dataset: ImageDataset, task: Task
+) -> Callable[[Sequence[int]], Batch]:
+    """Images of one split in their frozen order, in the form that the network takes."""
     transform = preprocessing(loaded.data_config)
-    order = sample_order(task.spec.data_identity, seed=task.seed, length=len(dataset))
+    order = sample_order(dataset.identity(), seed=task.seed, length=len(dataset))
     dtype = getattr(torch, str(task.spec.fields["dtype"]))
 
     def batch(samples: Sequence[int]) -> Batch:
@@ -154,14 +185,7 @@ def make_subject(loaded: LoadedCheckpoint, dataset: ImageDataset, task: Task) ->
             num_outputs=loaded.num_outputs, dtype=dtype, device=task.device,
         )  # fmt: skip
 
-    return Subject(
-        model=loaded.model,
-        output=task.spec.fields["output"],
-        batch=batch,
-        seed=task.seed,
-        batch_size=task.batch_size,
-        num_parameters=loaded.num_parameters,
-    )
+    return batch
 
 
 def _train(task: Task, bench: Workbench, store: Store) -> tuple[list[Row], dict[str, str]]:
@@ -173,7 +197,7 @@ def _train(task: Task, bench: Workbench, store: Store) -> tuple[list[Row], dict[
     assert entry is not None
     trained = train(
         entry.settings,
-        bench.planned_dataset(task, "train", task.spec.fields["train_data"]),
+        bench.planned_dataset(task, TRAINING_SPLIT, task.spec.fields["train_data"]),
         bench.planned_dataset(task, "test", task.spec.fields["test_data"]),
         device=task.device,
     )

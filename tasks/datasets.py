@@ -15,11 +15,12 @@ from PIL import Image
 from timm.data.transforms_factory import create_transform
 
 from tasks.idx import DatasetError
-from tasks.images import DATASETS, ImageDataset, load_dataset
+from tasks.images import DATASETS, TRAINING_SPLIT, ImageDataset, load_dataset
 from tasks.measurement import Batch
 
 __all__ = [
     "DATASETS",
+    "TRAINING_SPLIT",
     "DatasetError",
     "ImageDataset",
     "load_batch",

@@ -21,6 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from tasks.idx import DatasetError, read_idx
 
 DATASETS = ("digits", "fashion-mnist", "image-folder")
+TRAINING_SPLIT = "train"
 FASHION_MNIST_VARIABLE = "FLATCENSUS_FASHION_MNIST"
 FETCHED_FASHION_MNIST = Path.home() / ".cache/flatcensus/fashion-mnist"
 FASHION_MNIST_PLACES = (

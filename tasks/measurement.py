@@ -197,6 +197,8 @@ class Subject:
         seed: The manifest's seed; every random number derives from it and from indices.
         batch_size: Images per batch. Changes memory and rounding, nothing else.
         num_parameters: Trainable scalars.
+        training_batch: As ``batch``, from the training split in an order of its own; None unless
+            the measurement says ``needs_training_images``.
         cache: For work shared by the ranges of one checkpoint (the self-test, for example).
     """
 
@@ -206,6 +208,7 @@ class Subject:
     seed: int
     batch_size: int
     num_parameters: int
+    training_batch: Callable[[Sequence[int]], Batch] | None = None
     cache: dict[Any, Any] = field(default_factory=dict)
 
 
@@ -225,6 +228,8 @@ class Measurement(Settings, ABC):
     quantities: ClassVar[tuple[str, ...]]
     # Fields that say how much is wanted but cannot change any row; they stay out of the key.
     coverage_fields: ClassVar[frozenset[str]] = frozenset()
+    # Whether it takes images of the training split too; their identity is then in the key.
+    needs_training_images: ClassVar[bool] = False
 
     @property
     def alignment(self) -> int:
