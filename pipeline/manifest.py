@@ -28,6 +28,7 @@ from pipeline.entries import (
 )
 from pipeline.errors import ManifestError, did_you_mean
 from pipeline.tomllines import line_of, table_lines
+from tasks.images import TRAINING_SPLIT
 from tasks.measurement import Output, Settings
 from tasks.registry import METRICS
 from tasks.training_results import FINAL_QUANTITIES
@@ -293,7 +294,26 @@ class _Parser:
                 )
                 continue
             seen.update({entry.series(q): index for q in measurement.quantities})
+            if (message := self.misplaced(entry, head)) is not None:
+                self.problem(path, message)
+                continue
             yield entry
+
+    def misplaced(self, entry: MeasurementEntry, head: _Head | None) -> str | None:
+        """What a measurement takes from a training of this manifest, or lacks in its images."""
+        given = [entry.series(quantity) for quantity in entry.measurement.quantities]
+        taken = [series for series in given if series in FINAL_QUANTITIES]
+        if taken and self.document.get("train"):
+            return (
+                f"{entry.metric} gives {taken[0]!r}, and so does every [[train]] table, over all "
+                'images of its training. Add label = "..." to the measurement, or remove it'
+            )
+        if entry.measurement.needs_training_images and head and head.data.split == TRAINING_SPLIT:
+            return (
+                f"{entry.metric} compares the training images with others, but [data] split = "
+                f"{TRAINING_SPLIT!r} is the training images. Choose another split"
+            )
+        return None
 
     def correlation_pairs(
         self, tables: list[dict[str, Any]], measurements: tuple[MeasurementEntry, ...]
