@@ -30,6 +30,28 @@ DEFINITIONS = {
     "adaptive_sharpness": Definition(
         "Adaptive sharpness", "(2/ρ²) E[L(θ+δ) − L(θ)], δ ~ N(0, ρ² diag θ²)", "units of the loss"
     ),
+    "accuracy": Definition("Accuracy", "share of images whose largest logit is the label's", ""),
+    "loss": Definition("Loss", "mean over images of ½‖f(x) − y‖²", "outputs²"),
+    "cross_entropy": Definition(
+        "Cross-entropy", "mean over images of −log softmax(logits) at the label", "nats"
+    ),
+    "generalization_gap": Definition(
+        "Generalization gap", "training minus test accuracy", "percentage points"
+    ),
+    "train_accuracy": Definition("Training accuracy", "share of right answers", ""),
+    "test_accuracy": Definition("Test accuracy", "share of right answers", ""),
+    "train_half_squared_error": Definition(
+        "Training loss (Eq. 1)", "mean over training images of ½‖f(x) − y‖²", "outputs²"
+    ),
+    "test_half_squared_error": Definition(
+        "Test loss (Eq. 1)", "mean over images of ½‖f(x) − y‖²", "outputs²"
+    ),
+    "train_cross_entropy": Definition(
+        "Training cross-entropy", "mean over training images of −log softmax(logits)", "nats"
+    ),
+    "test_cross_entropy": Definition(
+        "Test cross-entropy", "mean over images of −log softmax(logits)", "nats"
+    ),
 }
 
 

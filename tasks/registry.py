@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from tasks.accuracy import Accuracy
 from tasks.adaptive_sharpness import AdaptiveSharpness
+from tasks.generalization_gap import GeneralizationGap
 from tasks.measurement import Measurement
 from tasks.sensitivity import NormalizedMls
 
 METRICS: dict[str, type[Measurement]] = {
-    measurement.metric: measurement for measurement in (NormalizedMls, AdaptiveSharpness)
+    measurement.metric: measurement
+    for measurement in (NormalizedMls, AdaptiveSharpness, Accuracy, GeneralizationGap)
 }
