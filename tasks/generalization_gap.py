@@ -72,10 +72,13 @@ class GeneralizationGap(Measurement):
         rows: list[Row] = []
         for chunk in aligned_batches(block.samples, subject.batch_size):
             try:
-                rows += _rows(subject, subject.training_batch, chunk, _TRAIN)
+                train = _rows(subject, subject.training_batch, chunk, _TRAIN)
             except MeasurementError as error:
                 raise MeasurementError(f"training images, {error}") from error
-            rows += _rows(subject, subject.batch, chunk, _TEST)
+            test = _rows(subject, subject.batch, chunk, _TEST)
+            rows += [
+                row for pair in zip(train, test, strict=True) for image in pair for row in image
+            ]
         return rows
 
     def summarize(self, rows: Columns) -> list[Estimate]:
@@ -99,15 +102,15 @@ def _rows(
     load: Callable[[Sequence[int]], Batch],
     chunk: range,
     names: tuple[str, ...],
-) -> list[Row]:
+) -> list[list[Row]]:
+    """The rows of each image of a batch."""
     started = time.perf_counter()
     batch = load(chunk)
     scores = image_scores(subject, batch)
     seconds = (time.perf_counter() - started) / len(chunk)
     return [
-        row
+        list(score_rows(scores, i, sample, names=names, seconds=seconds))
         for i, sample in enumerate(batch.samples)
-        for row in score_rows(scores, i, sample, names=names, seconds=seconds)
     ]
 
 
