@@ -7,7 +7,7 @@ was planned for x or y but has no usable value of both counts in ``n_missing``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -82,23 +82,47 @@ def correlation_table(
     """
     rows = []
     for pair in dict.fromkeys(pairs):
-        points = paired_points(summary, pair)
-        for group, members in _groups(points, pair):
-            for method in pair.methods:
-                names = (pair.x, pair.y, pair.transform_x, pair.transform_y, group, method)
-                estimate = correlate(
-                    members["x"],
-                    members["y"],
-                    members["x_stderr"],
-                    members["y_stderr"],
-                    transform_x=pair.transform_x,
-                    transform_y=pair.transform_y,
-                    method=method,
-                    families=list(members["family"]) if group == "within" else None,
-                    num_bootstrap=num_bootstrap,
-                    seed=derived_seed(seed, *names),
-                )
-                rows.append((*names, *_cells(estimate, _unknown_series(summary, pair))))
+        groups = _groups(paired_points(summary, pair), pair)
+        replicates = dict.fromkeys(pair.methods, num_bootstrap)
+        rows += correlation_rows(summary, pair, groups, seed=seed, num_bootstrap=replicates)
+    return correlation_frame(rows)
+
+
+def correlation_rows(
+    summary: pd.DataFrame,
+    pair: CorrelationPair,
+    groups: Iterable[tuple[str, pd.DataFrame]],
+    *,
+    seed: int,
+    num_bootstrap: Mapping[Method, int],
+) -> list[tuple[object, ...]]:
+    """Rows of one pair: each group of its ``paired_points`` with each of its methods.
+
+    The group ``within`` is correlated within families. ``num_bootstrap`` is per method; 0 gives no
+    interval.
+    """
+    rows = []
+    for group, members in groups:
+        for method in pair.methods:
+            names = (pair.x, pair.y, pair.transform_x, pair.transform_y, group, method)
+            estimate = correlate(
+                members["x"],
+                members["y"],
+                members["x_stderr"],
+                members["y_stderr"],
+                transform_x=pair.transform_x,
+                transform_y=pair.transform_y,
+                method=method,
+                families=list(members["family"]) if group == "within" else None,
+                num_bootstrap=num_bootstrap[method],
+                seed=derived_seed(seed, *names),
+            )
+            rows.append((*names, *_cells(estimate, _unknown_series(summary, pair))))
+    return rows
+
+
+def correlation_frame(rows: Sequence[tuple[object, ...]]) -> pd.DataFrame:
+    """Rows as a table with the columns and types of ``COLUMNS``."""
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
 
 

@@ -12,6 +12,7 @@ from typing import Literal
 import pydantic
 
 from pipeline.correlate import CorrelationPair
+from pipeline.matrix import PairPlot
 from tasks.measurement import Measurement, Output, Settings
 from tasks.training_settings import TrainSettings
 
@@ -117,6 +118,7 @@ class Manifest:
     local: tuple[tuple[LocalEntry, tuple[Path, ...]], ...]
     measurements: tuple[MeasurementEntry, ...]
     correlations: tuple[CorrelationPair, ...]
+    pair_plot: PairPlot | None
     resources: ResourceSpec
     root: Path
     text: str

@@ -27,6 +27,7 @@ from pipeline.entries import (
     TrainEntry,
 )
 from pipeline.errors import ManifestError, did_you_mean
+from pipeline.matrix import PairPlot
 from pipeline.tomllines import line_of, table_lines
 from tasks.images import TRAINING_SPLIT
 from tasks.measurement import Output, Settings
@@ -51,6 +52,7 @@ class _Head(Settings):
     checkpoints: list[dict[str, Any]] = pydantic.Field(default_factory=list)
     measurements: list[dict[str, Any]] = pydantic.Field(default_factory=list)
     correlations: list[dict[str, Any]] = pydantic.Field(default_factory=list)
+    pair_plot: dict[str, Any] | None = None
 
 
 def load_manifest(path: Path | str) -> Manifest:
@@ -108,6 +110,7 @@ class _Parser:
         timm, local = self.checkpoint_entries(tables["checkpoints"])
         measurements = tuple(self.measurement_entries(tables["measurements"], head))
         correlations = tuple(self.correlation_pairs(tables["correlations"], measurements))
+        pair_plot = self.pair_plot(head.pair_plot, measurements) if head else None
         if head and not (train or timm or local or tables["train"] or tables["checkpoints"]):
             self.problem((), "nothing to audit: add a [[checkpoints]] or a [[train]] table")
         if self.problems or head is None:
@@ -117,7 +120,8 @@ class _Parser:
             name=head.name, seed=head.seed, output=head.output, dtype=head.dtype,
             data=self.rooted(head.data),
             train=train, timm=timm, local=local, measurements=measurements,
-            correlations=correlations, resources=head.resources, root=self.root, text=self.text,
+            correlations=correlations, pair_plot=pair_plot, resources=head.resources,
+            root=self.root, text=self.text,
         )  # fmt: skip
 
     def rooted(self, data: DataSpec) -> DataSpec:
@@ -318,24 +322,57 @@ class _Parser:
     def correlation_pairs(
         self, tables: list[dict[str, Any]], measurements: tuple[MeasurementEntry, ...]
     ) -> Iterator[CorrelationPair]:
-        if len(measurements) < len(self.document.get("measurements", [])):
-            return  # an invalid measurement is reported already; its series are not known
-        series = {e.series(q) for e in measurements for q in e.measurement.quantities}
-        if self.document.get("train"):
-            series |= set(FINAL_QUANTITIES)
+        series = self.series(measurements)
+        if series is None:
+            return
         for index, table in enumerate(tables):
             path = ("correlations", index)
             pair = self.validate(CorrelationPair, table, path)
             if pair is None:
                 continue
             for axis, name in (("x", pair.x), ("y", pair.y)):
-                if name not in series:
-                    self.problem(
-                        (*path, axis),
-                        f"{name!r} is measured nowhere in this manifest."
-                        + did_you_mean(name, series),
-                    )
+                self.check_series(name, series, (*path, axis))
             yield pair
+
+    def pair_plot(
+        self, table: dict[str, Any] | None, measurements: tuple[MeasurementEntry, ...]
+    ) -> PairPlot | None:
+        """The pair plot with its series named: those listed, or all there are."""
+        series = self.series(measurements)
+        if table is None or series is None:
+            return None
+        plot = self.validate(PairPlot, table, ("pair_plot",))
+        if plot is None:
+            return None
+        for name in plot.series or ():
+            self.check_series(name, series, ("pair_plot", "series"))
+        drawn = series if plot.series is None else list(plot.series)
+        for name in plot.transforms:
+            self.check_series(
+                name, drawn, ("pair_plot", "transforms", name), lack="is not in the pair plot"
+            )
+        return plot.model_copy(update={"series": tuple(drawn)})
+
+    def series(self, measurements: tuple[MeasurementEntry, ...]) -> list[str] | None:
+        """All series of the manifest in its order; None if a measurement is invalid.
+
+        That is reported already, and what the others are compared with is not known.
+        """
+        if len(measurements) < len(self.document.get("measurements", [])):
+            return None
+        found = [e.series(q) for e in measurements for q in e.measurement.quantities]
+        return found + (list(FINAL_QUANTITIES) if self.document.get("train") else [])
+
+    def check_series(
+        self,
+        name: str,
+        known: list[str],
+        path: tuple[str | int, ...],
+        *,
+        lack: str = "is measured nowhere in this manifest",
+    ) -> None:
+        if name not in known:
+            self.problem(path, f"{name!r} {lack}.{did_you_mean(name, known)}")
 
 
 def _grid_name(template: str | None, values: Mapping[str, Any], varied: list[str]) -> str:

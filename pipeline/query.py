@@ -25,7 +25,10 @@ VIEWS = {
     "measurements": "one line per measured number",
     "units": "one line per unit of work, with its machine, times and versions",
     "summary": "one line per checkpoint and quantity",
+    "layers": "one line per checkpoint, quantity and layer",
+    "bounds": "one line per checkpoint and inequality, with both sides",
     "correlations": "one line per pair of quantities",
+    "matrix": "one line per pair of the pair plot",
     "failures": "the units that failed and were not repeated since",
 }
 _TRUNCATED = b"flatcensus.truncated"
@@ -38,6 +41,14 @@ MAIN_COLUMNS: dict[str, tuple[str, ...]] = {
     "summary": (
         "checkpoint", "series", "value", "stderr", "ci_low", "ci_high", "error_bound",
         "num_samples", "num_missing", "status",
+    ),
+    "layers": (
+        "checkpoint", "series", "layer", "value", "stderr", "ci_low", "ci_high", "num_samples",
+        "status",
+    ),
+    "bounds": (
+        "checkpoint", "label", "bound", "kind", "layer", "left", "right", "slack_log10", "holds",
+        "is_theorem", "conditions_met", "conditions",
     ),
     "units": (
         "checkpoint", "metric", "label", "start", "stop", "draw_start", "draw_stop", "status",

@@ -98,6 +98,7 @@ def correlate(
         families: Family of each checkpoint (n,), to correlate within families only. Checkpoints
             alone in their family say nothing and are left out, with a note.
         num_bootstrap: Replicates. The ends of the interval move by about 1 % of its width at 2000.
+            0: no interval and no corrected coefficient, at a thousandth of the cost.
         seed: Of the replicates; see ``derived_seed``.
         confidence: Of the interval.
 
@@ -138,6 +139,8 @@ def correlate(
         large |= (transform == "log") & np.isfinite(noise) & (noise > LARGE_RELATIVE_STDERR)
     notes.append(_plural(large.sum(), "checkpoint with a relative standard error above 50 %"))
     without = dataclasses.replace(nothing, r=r)
+    if num_bootstrap == 0:
+        return _with_notes(without, ["no interval asked for", *notes])
     if independent < MIN_FOR_INTERVAL:
         return _with_notes(without, [f"no interval below {MIN_FOR_INTERVAL} checkpoints", *notes])
 

@@ -15,6 +15,7 @@ from documents import DOCUMENTS, REFERENCE, Table, blocks, quoted, section, tabl
 from pipeline.correlate import CorrelationPair
 from pipeline.errors import ManifestError
 from pipeline.manifest import DataSpec, LocalEntry, ResourceSpec, TimmEntry, _Head, parse_manifest
+from pipeline.matrix import PairPlot
 from tasks.registry import METRICS
 from tasks.training_settings import NETWORK_DEFAULTS, OPTIMIZER_DEFAULTS, TrainSettings
 
@@ -35,6 +36,10 @@ def test_every_key_of_checkpoints_and_correlations_is_documented():
     check_fields(LocalEntry, local)
     check_fields(TimmEntry, timm)
     check_fields(CorrelationPair, tables(section(REFERENCE, "correlations"))[0])
+
+
+def test_every_key_of_the_pair_plot_is_documented():
+    check_fields(PairPlot, tables(section(REFERENCE, "pair_plot"))[0])
 
 
 def test_every_measurement_setting_is_documented_with_its_default_and_its_part_in_the_key():

@@ -7,6 +7,7 @@ import pytest
 from pipeline.errors import ManifestError
 from pipeline.manifest import load_manifest, parse_manifest
 from pipeline.tomllines import line_of, table_lines
+from tasks.training_results import FINAL_QUANTITIES
 
 GOOD = """\
 name = "small"
@@ -66,6 +67,38 @@ def test_good_manifest_expands_grids_and_names_twins():
     ]
     assert manifest.measurements[2].measurement.rho == 0.05  # pyright: ignore
     assert manifest.correlations[0].transform_x == "log"
+
+
+def test_pair_plot_holds_all_series_of_the_manifest_unless_it_lists_them():
+    assert parse(GOOD).pair_plot is None
+    plot = parse(GOOD + "[pair_plot]\n").pair_plot
+    assert plot is not None
+    assert plot.series == (
+        "normalized_mls", "mls", "normalized_mls@dense", "mls@dense", "adaptive_sharpness",
+        "squared_error", *FINAL_QUANTITIES,
+    )  # fmt: skip
+    listed = parse(GOOD + '[pair_plot]\nseries = ["test_loss", "mls"]\n').pair_plot
+    assert listed is not None
+    assert listed.series == ("test_loss", "mls")
+
+
+@pytest.mark.parametrize(
+    ("lines", "problem"),
+    [
+        ('series = ["mls"]', "34: series: Tuple should have at least 2 items"),
+        ('series = ["mls", "mls"]', "33: series names one twice: ['mls', 'mls']"),
+        ('series = ["mls", "mlss"]', "34: 'mlss' is measured nowhere in this manifest. Did you"),
+        ('transforms = { mls = "lg" }', "34: transforms.mls: Input should be"),
+        ('transforms = { mlss = "log" }', "34: 'mlss' is not in the pair plot. Did you mean 'mls'"),
+        ('\n[pair_plot.transforms]\nmlss = "log"', "36: 'mlss' is not in the pair plot."),
+        ("serie = []", "34: unknown key 'serie'. Did you mean 'series'?"),
+    ],
+)
+def test_problems_of_the_pair_plot_have_lines_and_near_names(lines: str, problem: str):
+    (found,) = problems(f"{GOOD}\n[pair_plot]\n{lines}\n")
+    assert found.startswith(f"m.toml:{problem}")
+    (kind,) = problems(f"pair_plot = true\n{GOOD}")
+    assert kind.startswith("m.toml:1: pair_plot: Input should be a valid dictionary")
 
 
 def test_all_problems_are_reported_at_once_with_their_lines():
