@@ -1,0 +1,184 @@
+"""Rows of the Jacobians of the outputs with respect to the images and every layer's input.
+
+For every image, J = d f / d x, and for every layer l the J_l W_l = d f / d x_l through layer l
+alone (Eq. 4). One set of transposed products gives the rows of all of them at once. Where the
+network ends in a linear head, cotangents are an orthonormal basis of what the head lets through
+(``tasks.head``), so that a network of 1000 outputs and 192 features needs 192 rows; they have the
+singular values and norms of all rows.
+
+Memory: the rows of one image and layer of D inputs are R D numbers in the network's dtype. Images
+are split first, down to single ones, because that costs nothing; then layers are taken in groups,
+each with passes of its own. Neither changes a number beyond rounding.
+
+Shapes: B images, N outputs, R = min(N, features of the head) rows, D inputs of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import torch
+
+from tasks.finite import require_finite
+from tasks.head import Head, find_head, output_basis
+from tasks.layer_graph import LayerGraph, layer_graph
+from tasks.layers import Layer, find_layers
+from tasks.measurement import Batch, MeasurementError, Subject
+
+IMAGE = ""
+"""Name of the images' own Jacobian beside those of the layers."""
+
+# Costs in no-grad forwards of one image: the graph of all layers, and a row (ViT-Ti, CPU).
+GRAPH_COST = 3.0
+ROW_COST = 1.25
+
+_CHUNK_BYTES = 2**26  # gradients of one backward pass, beside the rows that are kept; chosen
+_MAX_CHUNK = 32  # cotangents of one backward pass; chosen
+
+Reduce = Callable[[str, tuple[int, ...], torch.Tensor, torch.Tensor], np.ndarray]
+"""Map, samples (B), rows (B, R, D) that may be overwritten, their scales (B, R) float64 -> (B, ...)
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class RowPlan:
+    """Which rows are wanted, and what to compute at once.
+
+    Attributes:
+        sizes: D by map, in order.
+        indices: Layer index by map; -1 for the images.
+        groups: Maps whose rows are held together.
+        images_at_once: How many images.
+        num_rows: R.
+        constant: Linear and convolutional modules whose input does not depend on the image: they
+            are no layers and have no Jacobian.
+    """
+
+    sizes: dict[str, int]
+    indices: dict[str, int]
+    groups: list[list[str]]
+    images_at_once: int
+    num_rows: int
+    constant: tuple[str, ...]
+
+    @property
+    def forward_equivalents(self) -> float:
+        """Work per image in no-grad forwards."""
+        return GRAPH_COST + ROW_COST * self.num_rows * len(self.groups)
+
+
+def plan_rows(
+    subject: Subject, batch: Batch, *, image: bool, layers: bool, memory_gib: float
+) -> RowPlan:
+    """Plan the rows of a batch.
+
+    Args:
+        subject: The network.
+        batch: Images.
+        image: Whether to take the Jacobian with respect to the images.
+        layers: Whether to take those with respect to every layer's input.
+        memory_gib: Rows held at once, in GiB. Each backward pass and the graph come on top.
+
+    Raises:
+        MeasurementError: If the rows of one image and layer take more, or the network has no layer.
+    """
+    head, num_outputs = network_head(subject), batch.targets.shape[1]
+    num_rows = num_outputs if head is None else min(num_outputs, head.weight.shape[1])
+    found, constant = network_layers(subject)
+    sizes = {IMAGE: batch.inputs[0].numel()} if image else {}
+    indices = {IMAGE: -1} if image else {}
+    for k, layer in enumerate(found if layers else ()):
+        sizes[layer.name], indices[layer.name] = prod(layer.input_shape), k
+    if not sizes:
+        raise MeasurementError(
+            "expected linear or convolutional modules (nn.Linear, nn.Conv2d) whose input depends "
+            "on the image, found none. Layer-wise quantities of this network are not defined."
+        )
+    row = num_rows * batch.inputs.element_size()
+    budget = int(memory_gib * 2**30)
+    groups: list[list[str]] = []
+    for name, size in sizes.items():
+        if row * size > budget:
+            what = f"layer {name}" if name else "images"
+            raise MeasurementError(
+                f"{what}: the {num_rows} rows of one image's Jacobian, {size} inputs, take "
+                f"{row * size / 2**30:.3g} GiB, more than memory_gib = {memory_gib:g}. Raise "
+                "memory_gib; of the quantities, nmls alone has a method without rows (lanczos)."
+            )
+        if groups and row * (size + sum(sizes[other] for other in groups[-1])) <= budget:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    at_once = max(1, min(len(batch.samples), budget // (row * sum(sizes.values()))))
+    return RowPlan(sizes, indices, groups, at_once, num_rows, constant)
+
+
+def reduce_rows(
+    subject: Subject, batch: Batch, plan: RowPlan, reduce: Reduce
+) -> dict[str, np.ndarray]:
+    """What ``reduce`` makes of every map's rows, concatenated over images.
+
+    Raises:
+        MeasurementError: If the network gives NaN logits, or not one per class.
+    """
+    found: dict[str, list[np.ndarray]] = {name: [] for name in plan.sizes}
+    for start in range(0, len(batch.samples), plan.images_at_once):
+        part = slice(start, start + plan.images_at_once)
+        images, samples = batch.inputs[part], batch.samples[part]
+        graph = layer_graph(subject.model, images, subject.output)
+        require_finite(subject.model, images, graph.logits, samples)
+        if graph.logits.shape[1] != batch.targets.shape[1]:
+            raise MeasurementError(
+                f"expected {batch.targets.shape[1]} outputs, one per class of the data set, found "
+                f"{graph.logits.shape[1]}. Use the data set that the network was trained for."
+            )
+        cotangents = output_basis(graph.slope, network_head(subject))
+        for group in plan.groups:
+            for name, rows, scale in _rows(graph, cotangents, plan, group):
+                found[name].append(reduce(name, samples, rows, scale))
+    return {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+def network_head(subject: Subject) -> Head | None:
+    """The network's linear head, looked for once per subject, on samples 0 and 1."""
+    if "head" not in subject.cache:
+        subject.cache["head"] = find_head(subject.model, subject.batch((0, 1)).inputs)
+    return subject.cache["head"]
+
+
+def network_layers(subject: Subject) -> tuple[tuple[Layer, ...], tuple[str, ...]]:
+    """Layers and modules on constant inputs (``find_layers``), looked for once per subject."""
+    if "layers" not in subject.cache:
+        subject.cache["layers"] = find_layers(subject.model, subject.batch((0,)).inputs)
+    return subject.cache["layers"]
+
+
+def _rows(
+    graph: LayerGraph, cotangents: torch.Tensor, plan: RowPlan, group: Sequence[str]
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Rows (B, R, D) of a group's maps and their scales (B, R)."""
+    num_rows, count, _ = cotangents.shape
+    dtype = graph.logits.dtype
+    kept = {
+        name: torch.empty(
+            (count, num_rows, plan.sizes[name]), dtype=dtype, device=cotangents.device
+        )
+        for name in group
+    }
+    scale = cotangents.new_empty((count, num_rows))
+    wanted = [plan.indices[name] for name in group if name != IMAGE]
+    one = count * dtype.itemsize * sum(plan.sizes[name] for name in group)
+    step = max(1, min(_MAX_CHUNK, _CHUNK_BYTES // one))
+    for start in range(0, num_rows, step):
+        chunk = slice(start, start + step)
+        pulled = graph.pull(cotangents[chunk], images=IMAGE in group, inputs=wanted)
+        scale[:, chunk] = pulled.scale.mT
+        for name in group:
+            rows = pulled.images if name == IMAGE else pulled.inputs[plan.indices[name]]
+            assert rows is not None
+            kept[name][:, chunk] = rows.flatten(2).transpose(0, 1)
+    for name in group:
+        yield name, kept.pop(name), scale
