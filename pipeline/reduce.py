@@ -1,16 +1,16 @@
 """Shards to tables: a pure function of the shards and the manifest.
 
 Running it again, in any order, on any machine with the same libraries, gives the same bytes of
-``measurements``, ``summary`` and ``correlations``. Times, hosts and attempts are provenance; they
-are in ``units`` and ``failures`` only. Every planned checkpoint has its rows, measured or not.
+``measurements``, ``summary``, ``layers``, ``bounds``, ``correlations`` and ``matrix``. Times, hosts
+and attempts are provenance; they are in ``units`` and ``failures`` only. Every planned checkpoint
+has its rows, measured or not.
 """
 
 from __future__ import annotations
 
 import io
-import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -18,22 +18,32 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.correlate import COLUMNS, correlation_table
-from pipeline.coverage import missing
 from pipeline.entries import Manifest
-from pipeline.plan import Plan, SpecPlan
+from pipeline.lines import (
+    BOUND_TYPES,
+    LAYER_TYPES,
+    SUMMARY_TYPES,
+    Line,
+    absent_lines,
+    bounds_without_result,
+    check_lines,
+    estimate_lines,
+    layers_without_result,
+    unfinished_lines,
+)
+from pipeline.matrix import matrix_table
+from pipeline.plan import Plan
 from pipeline.query import units_table
 from pipeline.schema import MEASUREMENT_SCHEMA, UNITS_SCHEMA
 from pipeline.shards import Quarantined, Shard, read_shards
 from pipeline.specs import Spec
 from pipeline.store import Store
 from pipeline.tables import frame_columns, spec_frame
-from tasks.measurement import Estimate, Status
 from tasks.training_results import summarize_training
 
 NUM_BOOTSTRAP = 2000
 
 _PROVENANCE = ("seconds", "code_version", "torch_version", "timm_version")
-_NOT_TRAINED = "its checkpoint is not trained yet. Run: flatcensus launch MANIFEST"
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,10 @@ class Tables:
 
     measurements: pd.DataFrame
     summary: pd.DataFrame
+    layers: pd.DataFrame
+    bounds: pd.DataFrame
     correlations: pd.DataFrame
+    matrix: pd.DataFrame
     units: pd.DataFrame
     failures: pd.DataFrame
 
@@ -67,15 +80,35 @@ def planned_shards(
 
 def reduce_run(manifest: Manifest, plan: Plan, shards: Mapping[str, list[Shard]]) -> Tables:
     """Build all tables of what the manifest wants from a plan and the shards of its specs."""
-    frames, lines = [], []
+    frames: list[pd.DataFrame] = []
+    summary: list[Line] = []
+    layers: list[Line] = []
+    bounds: list[Line] = []
+    lacking: list[Line] = []
     for item in plan.specs:
-        found = shards.get(item.spec.key, [])
-        frame = spec_frame(found, item.wanted if item.spec.kind == "measure" else None)
+        spec, found = item.spec, shards.get(item.spec.key, [])
+        frame = spec_frame(found, item.wanted if spec.kind == "measure" else None)
         if len(frame):
-            frames.append(_measurement_rows(item.spec, frame))
-        lines.extend(_summary_lines(item, frame, found))
-    lines.extend(_missing_lines(manifest, plan))
-    summary = pd.DataFrame(lines, columns=list(_SUMMARY_TYPES)).astype(_SUMMARY_TYPES)
+            frames.append(_measurement_rows(spec, frame))
+        if item.state != "done":
+            unfinished = unfinished_lines(item, found)
+            summary += unfinished
+            lacking += unfinished if spec.kind == "measure" else []
+            continue
+        columns = frame_columns(frame)
+        if spec.entry is None:
+            summary += estimate_lines(spec, summarize_training(columns))[0]
+            continue
+        networks, layer_wise = estimate_lines(spec, spec.entry.measurement.summarize(columns))
+        summary += networks
+        layers += layer_wise
+        bounds += check_lines(spec, spec.entry.measurement.checks(columns))
+    absent = absent_lines(manifest, plan)
+    summary += absent
+    lacking += absent
+    layers += layers_without_result(lacking, layers)
+    bounds += bounds_without_result(lacking, manifest)
+    whole = _frame(summary, SUMMARY_TYPES)
     units = units_table([s for key in sorted(shards) for s in shards[key]]).to_pandas()
     measurements = (
         pd.concat(frames, ignore_index=True)
@@ -84,9 +117,14 @@ def reduce_run(manifest: Manifest, plan: Plan, shards: Mapping[str, list[Shard]]
     )
     return Tables(
         measurements=measurements,
-        summary=summary,
+        summary=whole,
+        layers=_frame(layers, LAYER_TYPES),
+        bounds=_frame(bounds, BOUND_TYPES),
         correlations=correlation_table(
-            summary, manifest.correlations, seed=manifest.seed, num_bootstrap=NUM_BOOTSTRAP
+            whole, manifest.correlations, seed=manifest.seed, num_bootstrap=NUM_BOOTSTRAP
+        ),
+        matrix=matrix_table(
+            whole, manifest.pair_plot, seed=manifest.seed, num_bootstrap=NUM_BOOTSTRAP
         ),
         units=units,
         failures=_failures(units, plan),
@@ -101,15 +139,6 @@ def write_tables(tables: Tables, store: Store) -> None:
         store.put(f"tables/{name}.parquet", sink.getvalue())
 
 
-_SUMMARY_TYPES = {
-    "checkpoint": "str", "family": "str", "tag": "str", "metric": "str", "label": "str",
-    "series": "str", "quantity": "str", "value": "float64", "stderr": "float64",
-    "stderr_draws": "float64", "ci_low": "float64", "ci_high": "float64",
-    "error_bound": "float64", "num_samples": "int64", "num_missing": "int64",
-    "num_rows": "int64", "num_probes": "int64", "forward_equivalents": "float64",
-    "status": "str", "status_text": "str", "spec_key": "str",
-}  # fmt: skip
-
 _FAILURE_COLUMNS = (
     "checkpoint", "family", "metric", "label", "start", "stop", "draw_start", "draw_stop",
     "failure_class", "failure_type", "failure_message", "failure_hint", "failure_traceback",
@@ -117,7 +146,9 @@ _FAILURE_COLUMNS = (
 
 
 def _schema(types: Mapping[str, str]) -> pa.Schema:
-    arrow = {"str": pa.string(), "float64": pa.float64(), "int64": pa.int64()}
+    arrow = {
+        "str": pa.string(), "float64": pa.float64(), "int64": pa.int64(), "boolean": pa.bool_(),
+    }  # fmt: skip
     return pa.schema([pa.field(name, arrow[kind]) for name, kind in types.items()])
 
 
@@ -129,11 +160,18 @@ TABLE_SCHEMAS = {
             if f.name not in _PROVENANCE
         ]
     ),
-    "summary": _schema(_SUMMARY_TYPES),
+    "summary": _schema(SUMMARY_TYPES),
+    "layers": _schema(LAYER_TYPES),
+    "bounds": _schema(BOUND_TYPES),
     "correlations": _schema(COLUMNS),
+    "matrix": _schema(COLUMNS),
     "units": UNITS_SCHEMA,
     "failures": pa.schema([UNITS_SCHEMA.field(name) for name in _FAILURE_COLUMNS]),
 }
+
+
+def _frame(lines: Sequence[Line], types: Mapping[str, str]) -> pd.DataFrame:
+    return pd.DataFrame(lines, columns=list(types)).astype(types)
 
 
 def _measurement_rows(spec: Spec, frame: pd.DataFrame) -> pd.DataFrame:
@@ -146,80 +184,6 @@ def _measurement_rows(spec: Spec, frame: pd.DataFrame) -> pd.DataFrame:
     rows["checkpoint"], rows["family"], rows["label"] = spec.checkpoint, spec.family, spec.label
     rows["series"] = [spec.series(quantity) for quantity in rows["quantity"]]
     return rows
-
-
-def _summary_lines(
-    item: SpecPlan, frame: pd.DataFrame, shards: list[Shard]
-) -> list[dict[str, object]]:
-    """One line per quantity: the estimate if every wanted index has a row, else the reason."""
-    spec = item.spec
-    if item.todo or item.failed:
-        failed = bool(item.failed)
-        text = _failure_text(shards) if failed else Status.INCOMPLETE.sentence
-        lacking = missing([block.samples for block in (*item.todo, *item.failed)], ())
-        return [
-            _line(spec, _nothing(quantity), status="failed" if failed else "incomplete",
-                  text=text, num_missing=sum(map(len, lacking)))
-            for quantity in spec.quantities
-        ]  # fmt: skip
-    columns = frame_columns(frame)
-    if spec.entry is None:
-        estimates = summarize_training(columns)
-    else:
-        estimates = spec.entry.measurement.summarize(columns)
-    return [_line(spec, e, status=str(e.status), text=e.status.sentence) for e in estimates]
-
-
-def _missing_lines(manifest: Manifest, plan: Plan) -> list[dict[str, object]]:
-    """Lines of checkpoints that have no specs: not trained yet, or not to be had."""
-    lines: list[dict[str, object]] = []
-    families = {entry.name: entry.family for entry in manifest.train}
-    absent = [(name, families[name], "", "incomplete", _NOT_TRAINED) for name in plan.waiting]
-    absent += [(u.checkpoint, u.family, u.tag, "failed", u.reason) for u in plan.unresolved]
-    for name, family, tag, status, text in absent:
-        for entry in manifest.measurements:
-            for quantity in entry.measurement.quantities:
-                line = dict.fromkeys(_SUMMARY_TYPES, "") | _numbers(_nothing(quantity))
-                lines.append(
-                    line | {
-                        "checkpoint": name, "family": family, "tag": tag, "metric": entry.metric,
-                        "label": entry.label, "series": entry.series(quantity),
-                        "num_missing": manifest.data.samples, "status": status,
-                        "status_text": text,
-                    }
-                )  # fmt: skip
-    return lines
-
-
-def _line(
-    spec: Spec, estimate: Estimate, *, status: str, text: str, num_missing: int = 0
-) -> dict[str, object]:
-    return {
-        "checkpoint": spec.checkpoint, "family": spec.family, "tag": spec.tag,
-        "metric": spec.metric, "label": spec.label, "series": spec.series(estimate.quantity),
-        **_numbers(estimate), "num_missing": num_missing, "status": status, "status_text": text,
-        "spec_key": spec.key,
-    }  # fmt: skip
-
-
-def _numbers(estimate: Estimate) -> dict[str, object]:
-    names = (
-        "quantity", "value", "stderr", "stderr_draws", "ci_low", "ci_high", "error_bound",
-        "num_samples", "num_rows", "num_probes", "forward_equivalents",
-    )  # fmt: skip
-    return {name: getattr(estimate, name) for name in names}
-
-
-def _nothing(quantity: str) -> Estimate:
-    nan = math.nan
-    return Estimate(quantity, nan, nan, nan, nan, num_samples=0, num_rows=0)
-
-
-def _failure_text(shards: list[Shard]) -> str:
-    failures = [s.unit for s in shards if s.unit.failure is not None]
-    latest = max(failures, key=lambda unit: (unit.generation, unit.start))
-    assert latest.failure is not None
-    return f"{latest.failure.type}: {latest.failure.message}"
 
 
 def _failures(units: pd.DataFrame, plan: Plan) -> pd.DataFrame:
