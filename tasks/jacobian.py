@@ -130,7 +130,7 @@ def jacobian_batch(model: torch.nn.Module, images: torch.Tensor, output: Output)
         )
     return JacobianBatch(
         logits=logits.detach(),
-        slope=_slope(logits.detach(), output),
+        slope=slope(logits.detach(), output),
         _images=leaf,
         _graph_logits=logits,
         _cotangent=cotangent,
@@ -166,7 +166,7 @@ def dense_jacobian(
         (row,) = torch.autograd.grad(logits, leaf, cotangent, retain_graph=True)
         rows[:, k] = row
         cotangent[:, k] = 0
-    return rows.mul_(_expand(_slope(logits.detach(), output), rows))
+    return rows.mul_(_expand(slope(logits.detach(), output), rows))
 
 
 def forward(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -189,6 +189,15 @@ def forward(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
 def outputs(logits: torch.Tensor, output: Output) -> torch.Tensor:
     """Network outputs f (B, N) of logits (B, N), in the logits' dtype."""
     return torch.sigmoid(logits) if output == "sigmoid" else logits
+
+
+def slope(logits: torch.Tensor, output: Output) -> torch.Tensor:
+    """Derivative of the output map at the logits (B, N), (B, N) float64.
+
+    From the logits, not from f (1 - f), which has lost its digits where the sigmoid saturates.
+    """
+    z = logits.double()
+    return torch.sigmoid(z) * torch.sigmoid(-z) if output == "sigmoid" else torch.ones_like(z)
 
 
 def custom_functions(logits: torch.Tensor) -> str:
@@ -222,12 +231,6 @@ def _forward_with_graph(
             "torch.no_grad, detach or integer casts in the model's forward."
         )
     return leaf, logits
-
-
-def _slope(logits: torch.Tensor, output: Output) -> torch.Tensor:
-    """Derivative of the output map at the logits, (B, N) float64."""
-    z = logits.double()
-    return torch.sigmoid(z) * torch.sigmoid(-z) if output == "sigmoid" else torch.ones_like(z)
 
 
 def _scale(t: torch.Tensor) -> torch.Tensor:
