@@ -43,6 +43,10 @@ class Status(enum.StrEnum):
     TARGET_NOT_REACHED = "target_not_reached"
     LIMITED_BY_SAMPLES = "limited_by_samples"
     NOT_FINITE = "not_finite"
+    UNCLEAR_RANK = "unclear_rank"
+    RANK_VARIES = "rank_varies"
+    CONSTANT_INPUT = "constant_input"
+    NOT_MEASURED = "not_measured"
     INCOMPLETE = "incomplete"
 
     @property
@@ -69,6 +73,19 @@ _SENTENCES = {
         "The network gave NaN or infinity for this sample, or the measurement overflowed. "
         "Check the weights and the preprocessing, or use dtype = 'float64'."
     ),
+    Status.UNCLEAR_RANK: (
+        "Singular values lie near the rounding of the network's products, with no gap of a decade "
+        "to cut at: rank and volume depend on where the cut falls. Use dtype = 'float64'."
+    ),
+    Status.RANK_VARIES: (
+        "Images differ in the rank of their Jacobians, so volumes of different dimension are "
+        "averaged. Look at the ranks first; volume = 'full' counts deficient images as 0."
+    ),
+    Status.CONSTANT_INPUT: (
+        "The layer's input does not depend on the image (a table of relative positions, for "
+        "example), so it has no sensitivity to it and is left out of sums over layers."
+    ),
+    Status.NOT_MEASURED: "The measurement's settings leave this quantity out.",
     Status.INCOMPLETE: "Some planned samples have no result yet. Run: flatcensus resume RUN",
 }
 

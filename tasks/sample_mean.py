@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import scipy.stats
 
@@ -37,7 +39,7 @@ def sample_mean(rows: Columns, quantity: str) -> Estimate:
         stderr = float(np.std(values, ddof=1) / np.sqrt(count))
         half = float(scipy.stats.t.ppf(0.975, count - 1)) * stderr
     statuses = set(np.asarray(rows["status"])[chosen].astype(str))
-    order = (Status.NOT_FINITE, Status.NOT_CONVERGED)
+    order = (Status.NOT_FINITE, Status.NOT_CONVERGED, Status.UNCLEAR_RANK, Status.CONSTANT_INPUT)
     return Estimate(
         quantity=quantity,
         value=mean,
@@ -51,3 +53,25 @@ def sample_mean(rows: Columns, quantity: str) -> Estimate:
         forward_equivalents=float(column("forward_equivalents").sum()),
         status=next((status for status in order if status.value in statuses), Status.OK),
     )
+
+
+def layer_means(rows: Columns, quantity: str) -> list[Estimate]:
+    """``sample_mean`` of a layer-wise quantity, layer by layer in the order of the first image.
+
+    Args:
+        rows: Columns with one row per image and layer for this quantity.
+        quantity: Which rows to take.
+    """
+    parts = rows_by_layer(rows, quantity)
+    return [replace(sample_mean(part, quantity), layer=layer) for layer, part in parts.items()]
+
+
+def rows_by_layer(rows: Columns, quantity: str) -> dict[str, Columns]:
+    """The rows of a layer-wise quantity, by layer in the order of the image that comes first."""
+    chosen = np.flatnonzero(np.asarray(rows["quantity"]) == quantity)
+    chosen = chosen[np.argsort(np.asarray(rows["sample"])[chosen].astype(np.int64), kind="stable")]
+    layers = np.asarray(rows["layer"])[chosen].astype(str)
+    return {
+        layer: {name: np.asarray(column)[chosen[layers == layer]] for name, column in rows.items()}
+        for layer in dict.fromkeys(layers.tolist())
+    }
