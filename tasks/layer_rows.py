@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from tasks.finite import require_finite
-from tasks.head import Head, find_head, output_basis
+from tasks.head import output_basis, subject_head
 from tasks.layer_graph import LayerGraph, layer_graph
 from tasks.layers import Layer, find_layers
 from tasks.measurement import Batch, MeasurementError, Subject
@@ -35,7 +35,7 @@ IMAGE = ""
 GRAPH_COST = 3.0
 ROW_COST = 1.25
 
-_CHUNK_BYTES = 2**26  # gradients of one backward pass, beside the rows that are kept; chosen
+_CHUNK_BYTES = 2**27  # gradients of one backward pass, beside the rows that are kept; chosen
 _MAX_CHUNK = 32  # cotangents of one backward pass; chosen
 
 Reduce = Callable[[str, tuple[int, ...], torch.Tensor, torch.Tensor], np.ndarray]
@@ -85,8 +85,7 @@ def plan_rows(
     Raises:
         MeasurementError: If the rows of one image and layer take more, or the network has no layer.
     """
-    head, num_outputs = network_head(subject), batch.targets.shape[1]
-    num_rows = num_outputs if head is None else min(num_outputs, head.weight.shape[1])
+    count = num_rows(subject, batch)
     found, constant = network_layers(subject)
     sizes = {IMAGE: batch.inputs[0].numel()} if image else {}
     indices = {IMAGE: -1} if image else {}
@@ -97,14 +96,14 @@ def plan_rows(
             "expected linear or convolutional modules (nn.Linear, nn.Conv2d) whose input depends "
             "on the image, found none. Layer-wise quantities of this network are not defined."
         )
-    row = num_rows * batch.inputs.element_size()
+    row = count * batch.inputs.element_size()
     budget = int(memory_gib * 2**30)
     groups: list[list[str]] = []
     for name, size in sizes.items():
         if row * size > budget:
             what = f"layer {name}" if name else "images"
             raise MeasurementError(
-                f"{what}: the {num_rows} rows of one image's Jacobian, {size} inputs, take "
+                f"{what}: the {count} rows of one image's Jacobian, {size} inputs, take "
                 f"{row * size / 2**30:.3g} GiB, more than memory_gib = {memory_gib:g}. Raise "
                 "memory_gib; of the quantities, nmls alone has a method without rows (lanczos)."
             )
@@ -113,7 +112,7 @@ def plan_rows(
         else:
             groups.append([name])
     at_once = max(1, min(len(batch.samples), budget // (row * sum(sizes.values()))))
-    return RowPlan(sizes, indices, groups, at_once, num_rows, constant)
+    return RowPlan(sizes, indices, groups, at_once, count, constant)
 
 
 def reduce_rows(
@@ -127,26 +126,35 @@ def reduce_rows(
     found: dict[str, list[np.ndarray]] = {name: [] for name in plan.sizes}
     for start in range(0, len(batch.samples), plan.images_at_once):
         part = slice(start, start + plan.images_at_once)
-        images, samples = batch.inputs[part], batch.samples[part]
-        graph = layer_graph(subject.model, images, subject.output)
-        require_finite(subject.model, images, graph.logits, samples)
-        if graph.logits.shape[1] != batch.targets.shape[1]:
-            raise MeasurementError(
-                f"expected {batch.targets.shape[1]} outputs, one per class of the data set, found "
-                f"{graph.logits.shape[1]}. Use the data set that the network was trained for."
-            )
-        cotangents = output_basis(graph.slope, network_head(subject))
+        chosen = Batch(batch.inputs[part], batch.targets[part], batch.samples[part])
+        graph = checked_graph(subject, chosen)
+        cotangents = output_basis(graph.slope, subject_head(subject, batch.inputs))
         for group in plan.groups:
             for name, rows, scale in _rows(graph, cotangents, plan, group):
-                found[name].append(reduce(name, samples, rows, scale))
+                found[name].append(reduce(name, chosen.samples, rows, scale))
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
-def network_head(subject: Subject) -> Head | None:
-    """The network's linear head, looked for once per subject, on samples 0 and 1."""
-    if "head" not in subject.cache:
-        subject.cache["head"] = find_head(subject.model, subject.batch((0, 1)).inputs)
-    return subject.cache["head"]
+def checked_graph(subject: Subject, batch: Batch) -> LayerGraph:
+    """The graph of a batch's layers.
+
+    Raises:
+        MeasurementError: If the network gives NaN logits, or not one per class.
+    """
+    graph = layer_graph(subject.model, batch.inputs, subject.output)
+    require_finite(subject.model, batch.inputs, graph.logits, batch.samples)
+    if graph.logits.shape[1] != batch.targets.shape[1]:
+        raise MeasurementError(
+            f"expected {batch.targets.shape[1]} outputs, one per class of the data set, found "
+            f"{graph.logits.shape[1]}. Use the data set that the network was trained for."
+        )
+    return graph
+
+
+def num_rows(subject: Subject, batch: Batch) -> int:
+    """R: the outputs, or the features of a linear head if fewer."""
+    head, num_outputs = subject_head(subject, batch.inputs), batch.targets.shape[1]
+    return num_outputs if head is None else min(num_outputs, head.weight.shape[1])
 
 
 def network_layers(subject: Subject) -> tuple[tuple[Layer, ...], tuple[str, ...]]:
@@ -160,19 +168,17 @@ def _rows(
     graph: LayerGraph, cotangents: torch.Tensor, plan: RowPlan, group: Sequence[str]
 ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """Rows (B, R, D) of a group's maps and their scales (B, R)."""
-    num_rows, count, _ = cotangents.shape
+    height, count, _ = cotangents.shape
     dtype = graph.logits.dtype
     kept = {
-        name: torch.empty(
-            (count, num_rows, plan.sizes[name]), dtype=dtype, device=cotangents.device
-        )
+        name: torch.empty((count, height, plan.sizes[name]), dtype=dtype, device=cotangents.device)
         for name in group
     }
-    scale = cotangents.new_empty((count, num_rows))
+    scale = cotangents.new_empty((count, height))
     wanted = [plan.indices[name] for name in group if name != IMAGE]
     one = count * dtype.itemsize * sum(plan.sizes[name] for name in group)
     step = max(1, min(_MAX_CHUNK, _CHUNK_BYTES // one))
-    for start in range(0, num_rows, step):
+    for start in range(0, height, step):
         chunk = slice(start, start + step)
         pulled = graph.pull(cotangents[chunk], images=IMAGE in group, inputs=wanted)
         scale[:, chunk] = pulled.scale.mT
