@@ -128,13 +128,18 @@ def list_things(
 def plan(manifest: ManifestArg, run_folder: RunOption = None, as_json: JsonOption = False) -> int:
     """Show what would run, why, and what it would cost. Runs nothing, writes nothing."""
     from pipeline.labels import counted
-    from pipeline.progress import plan_table, stale_lines
+    from pipeline.progress import numbered_notes, plan_table, stale_lines
     from pipeline.run import start_run
 
     console = Console(as_json=as_json)
     run = start_run(manifest, run_folder)
     current = run.plan()
-    console.table(plan_table(current), title=f"plan of {run.manifest.name}")
+    table, notes = plan_table(current), list[str]()
+    if not as_json:
+        table, notes = numbered_notes(table)
+    console.table(table, title=f"plan of {run.manifest.name}")
+    for note in notes:
+        console.say(note)
     if current.units:
         low, middle, high = (current.predicted_seconds * f for f in current.calibration)
         console.say(
@@ -209,6 +214,7 @@ def status(run: RunArg, as_json: JsonOption = False) -> int:
     """Show what is done, to do and failed. Reads the run folder only."""
     from pipeline.labels import counted
     from pipeline.progress import status_table
+    from pipeline.reduce import published_table
     from pipeline.run import open_run
 
     console = Console(as_json=as_json)
@@ -217,6 +223,7 @@ def status(run: RunArg, as_json: JsonOption = False) -> int:
     console.table(status_table(current))
     for missing in current.unresolved:
         console.warn(f"{missing.checkpoint}: {missing.reason}")
+    _show_bounds(console, run, published_table(opened.store, "bounds"), when=", when last reduced")
     if current.num_failed:
         console.next_step(f"flatcensus query {_shown(run)} failures", "why they failed")
     elif current.units:
@@ -259,7 +266,7 @@ def query(
     what: Annotated[
         str,
         typer.Argument(
-            help="A view (summary, measurements, correlations, units, failures) or SQL."
+            help="A view (summary, layers, bounds, measurements, correlations, ...) or SQL."
         ),
     ] = "summary",
     filters: Annotated[
@@ -336,6 +343,7 @@ def report(run: RunArg, as_json: JsonOption = False) -> int:
     if not as_json:
         for path in written:
             console.out.print(escape(_relative(str(path))))
+    _show_bounds(console, run, tables.bounds)
     if current.num_failed:
         console.next_step(f"flatcensus query {_shown(run)} failures", "why some failed")
     else:
@@ -399,6 +407,7 @@ def _launch(
     if not train_only:
         files = write_outputs(run, current, tables)
         _show_results(console, tables, headline(tables), files)
+        _show_bounds(console, folder, tables.bounds)
     if current.num_failed:
         console.warn(f"{current.num_failed} failed: flatcensus query {_shown(folder)} failures")
         console.next_step(resume, "try the failed ones again")
@@ -420,6 +429,21 @@ def _show_results(console: Console, tables: Any, lines: list[str], files: list[P
     for line in lines:
         console.say(line)
     console.say(f"report: {_relative(str(files[0]))}")
+
+
+def _show_bounds(console: Console, run: str, bounds: Any, *, when: str = "") -> None:
+    """How many inequalities hold, and an alarm if one fails that cannot."""
+    from pipeline.bounds_summary import bounds_headline, num_violated
+    from pipeline.labels import counted
+
+    if line := bounds_headline(bounds):
+        console.say(line + when)
+    if number := num_violated(bounds):
+        console.warn(
+            f"{counted(number, 'check')} of theorems failed although the conditions are met: a bug "
+            f"or a numerical problem. See: flatcensus query {_shown(run)} bounds holds=no "
+            "is_theorem=true conditions_met=true"
+        )
 
 
 def _shown(argument: Path | str) -> str:

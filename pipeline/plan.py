@@ -205,11 +205,20 @@ def _units(
 def unit_size(spec: Spec, per_index: float, resources: ResourceSpec) -> int:
     """Pairs of sample and draw per unit: about ``unit_seconds`` of work, whole batches and groups.
 
+    Where one batch takes longer than that, a unit is a part of a batch that tiles it, and of whole
+    groups still: a crash must not cost hours because the batch size leaves much to do at once.
+
     Depends on the manifest and on nominal rates alone, never on what was measured, so that a
     resumed run cuts the same units.
     """
-    align = math.lcm(spec.alignment, resources.batch_size) if spec.entry else 1
-    return max(align, int(resources.unit_seconds / per_index) // align * align)
+    if spec.entry is None:
+        return 1
+    align, batch = spec.alignment, math.lcm(spec.alignment, resources.batch_size)
+    fitting = int(resources.unit_seconds / per_index)
+    if fitting >= batch:
+        return fitting // batch * batch
+    parts = (size for size in range(align, fitting + 1, align) if batch % size == 0)
+    return max(parts, default=align)
 
 
 def split(gap: Block, size: int, wanted: Block) -> Iterator[Block]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any
 
 import pandas as pd
 import pydantic
 
+from pipeline.labels import counted
 from pipeline.plan import Plan, SpecPlan
 from pipeline.store import Store
 
@@ -16,7 +17,7 @@ SPEC_FOLDER = "specs"
 
 
 def plan_table(plan: Plan) -> pd.DataFrame:
-    """One line per spec: what it would do and why."""
+    """One line per spec: what it would do and why, and what to know before it does."""
     units: dict[str, list[float]] = defaultdict(list)
     for unit in plan.units:
         units[unit.spec.key].append(unit.predicted_seconds)
@@ -28,12 +29,35 @@ def plan_table(plan: Plan) -> pd.DataFrame:
             "units": len(units[item.spec.key]),
             "seconds": round(sum(units[item.spec.key]), 1),
             "reason": item.reason,
+            "note": "" if item.state == "done" else item.spec.note,
         }
         for item in plan.specs
     ]
     return pd.DataFrame(
-        lines, columns=["checkpoint", "measurement", "state", "units", "seconds", "reason"]
+        lines, columns=["checkpoint", "measurement", "state", "units", "seconds", "reason", "note"]
     )
+
+
+def numbered_notes(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """A plan's table with numbers for its notes, and what they stand for, equal notes once.
+
+    Returns:
+        The table, without the column if there is no note, and one line per note, such as
+        ``note 1 (nmls, 200 checkpoints): ...``.
+    """
+    counts = Counter(
+        (record["measurement"], record["note"])
+        for record in table.to_dict("records")
+        if record["note"]
+    )
+    if not counts:
+        return table.drop(columns="note"), []
+    numbers = {key: str(number) for number, key in enumerate(counts, start=1)}
+    keys = zip(table["measurement"], table["note"], strict=True)
+    return table.assign(note=[numbers.get(key, "") for key in keys]), [
+        f"note {numbers[name, note]} ({name}, {counted(count, 'checkpoint')}): {note}"
+        for (name, note), count in counts.items()
+    ]
 
 
 def status_table(plan: Plan) -> pd.DataFrame:

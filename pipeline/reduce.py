@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from pipeline.correlate import COLUMNS, correlation_table
 from pipeline.entries import Manifest
+from pipeline.errors import StoreError
 from pipeline.lines import (
     BOUND_TYPES,
     LAYER_TYPES,
@@ -137,6 +138,25 @@ def write_tables(tables: Tables, store: Store) -> None:
         sink = io.BytesIO()
         pq.write_table(table.replace_schema_metadata(None), sink, compression="zstd")
         store.put(f"tables/{name}.parquet", sink.getvalue())
+
+
+def published_table(store: Store, name: str) -> pd.DataFrame:
+    """A table as it was last published, empty if it never was.
+
+    Raises:
+        StoreError: What is there cannot be read.
+    """
+    key = f"tables/{name}.parquet"
+    if not store.exists(key):
+        return TABLE_SCHEMAS[name].empty_table().to_pandas()
+    try:
+        table = pq.read_table(io.BytesIO(store.get(key)))
+        return table.cast(TABLE_SCHEMAS[name]).to_pandas()
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise StoreError(
+            f"{store.uri}/{key} cannot be read ({str(error).splitlines()[0]}). "
+            f"Write the tables again with: flatcensus report {store.uri}"
+        ) from error
 
 
 _FAILURE_COLUMNS = (

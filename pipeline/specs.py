@@ -78,6 +78,11 @@ class Spec:
         return self.fields.get("training_data")
 
     @property
+    def note(self) -> str:
+        """What its measurement says of this network before it runs; empty if nothing."""
+        return "" if self.entry is None else self.entry.measurement.note(self.network)
+
+    @property
     def subject(self) -> str:
         """Units with equal subjects share a worker's loaded network and images."""
         if self.ref is None:

@@ -4,28 +4,39 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from commands import call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from populations import Quiet, save_mlp, write_manifest
+from synthetic import Layered
 
 from pipeline.calibration import MAX_RECORDS, UNMEASURED, calibrate, finished_units
 from pipeline.coverage import missing_blocks
 from pipeline.manifest import ResourceSpec
 from pipeline.plan import make_plan, split, unit_size
-from pipeline.progress import SPEC_FOLDER, plan_table, stale_lines, status_table
+from pipeline.progress import (
+    SPEC_FOLDER,
+    numbered_notes,
+    plan_table,
+    stale_lines,
+    status_table,
+)
 from pipeline.resolve import resolve
 from pipeline.run import Run, execute, start_run
 from pipeline.shards import list_shards, shard_key
 from tasks.block import Block
+from tasks.registry import METRICS
 
+MLS = '[[measurements]]\nmetric = "normalized_mls"\n'
 SHARPNESS = '[[measurements]]\nmetric = "adaptive_sharpness"\n'
 UNREACHABLE = SHARPNESS + "target_relative_stderr = 1e-9\nmax_draws = {draws}\n"
 
@@ -79,10 +90,30 @@ def test_units_are_whole_groups_and_whole_batches_of_about_the_wanted_time(
 ):
     resources = ResourceSpec(batch_size=batch, unit_seconds=seconds)
     size = unit_size(spec_like(alignment), per_index, resources)
-    assert size % alignment == size % batch == 0
-    smallest = np.lcm(alignment, batch)
-    assert size * per_index <= seconds * (1 + 1e-9) or size == smallest
-    assert (size + smallest) * per_index > seconds * (1 - 1e-9)
+    whole = math.lcm(alignment, batch)
+    assert size % alignment == 0
+    assert size * per_index <= seconds * (1 + 1e-9) or size == alignment
+    if whole * per_index <= seconds * (1 - 1e-9):
+        assert size % whole == 0
+        assert (size + whole) * per_index > seconds * (1 - 1e-9)
+    else:
+        assert whole % size == 0, "a unit would lie in two batches"
+        larger = [n for n in range(size + alignment, whole, alignment) if whole % n == 0]
+        assert all(n * per_index > seconds * (1 - 1e-9) for n in larger)
+
+
+@pytest.mark.parametrize(
+    ("per_index", "alignment", "expected"),
+    [
+        (1.0, 1, 32), (1.9, 1, 16), (9.0, 1, 4), (61.0, 1, 1), (1e4, 1, 1), (1e4, 8, 8),
+        (1e4, 32, 32), (0.05, 1, 1184), (2.0, 8, 16), (7.0, 8, 8),
+    ],
+)  # fmt: skip
+def test_expensive_samples_make_units_smaller_than_a_batch(
+    per_index: float, alignment: int, expected: int
+):
+    """60 seconds by default; a batch of 32 images of a minute each would be half an hour."""
+    assert unit_size(spec_like(alignment), per_index, ResourceSpec()) == expected
 
 
 @settings(max_examples=100, deadline=None)
@@ -121,6 +152,62 @@ def test_a_first_plan_wants_everything_once_and_says_why(tmp_path: Path):
     assert set(table["state"]) == {"todo"}
     assert set(table["reason"]) == {"no result with these settings"}
     assert table["seconds"].sum() == pytest.approx(plan.predicted_seconds, abs=0.2)
+
+
+@pytest.fixture
+def layered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METRICS, "layered", Layered)
+
+
+EXPENSIVE = '[[measurements]]\nmetric = "layered"\ncost = {cost}\n'
+
+
+@pytest.mark.usefixtures("layered")
+def test_units_of_expensive_samples_cover_what_large_ones_do_and_give_the_same(tmp_path: Path):
+    cheap = prepare(tmp_path / "cheap", samples=20, measurements=EXPENSIVE.format(cost=1.0))
+    costly = prepare(tmp_path / "costly", samples=20, measurements=EXPENSIVE.format(cost=1e6))
+    assert [u.block.samples for u in cheap.plan().units] == [range(20)]
+    assert [u.block.samples for u in costly.plan().units] == [range(i, i + 1) for i in range(20)]
+    _, few = done(cheap).reduce()
+    _, many = done(costly).reduce()
+    pd.testing.assert_frame_equal(many.measurements, few.measurements)
+    pd.testing.assert_frame_equal(many.layers, few.layers)
+
+
+def test_parts_of_batches_change_rounding_only(tmp_path: Path):
+    """The finest cut that ``normalized_mls`` allows is 32 samples, here of batches of 64."""
+    fine = prepare(tmp_path / "fine", samples=64, resources="unit_seconds = 1e-6\nbatch_size = 64")
+    whole = prepare(tmp_path / "whole", samples=64, resources="batch_size = 64")
+    assert [len(u.block.samples) for u in fine.plan().units] == [32, 32]
+    assert [len(u.block.samples) for u in whole.plan().units] == [64]
+    _, one = done(fine).reduce()
+    _, other = done(whole).reduce()
+    assert list(one.measurements["sample"]) == list(other.measurements["sample"])
+    found, expected = one.measurements["value"], other.measurements["value"]
+    # Lanczos stops at a relative width of 1e-3, squared in normalized_mls.
+    np.testing.assert_allclose(found, expected, rtol=2e-3)
+
+
+@pytest.mark.usefixtures("layered")
+def test_equal_notes_are_told_once_and_finished_checkpoints_need_none(tmp_path: Path):
+    twins = '[[measurements]]\nmetric = "layered"\n'
+    twins += twins + 'label = "twin"\ntheorem_fails = true\n'
+    run = prepare(tmp_path, networks=3, samples=4, measurements=twins + MLS)
+    table, notes = numbered_notes(plan_table(run.plan()))
+    assert list(table["note"]) == ["1", "2", ""] * 3
+    assert notes == [
+        "note 1 (layered, 3 checkpoints): 10 rows at once",
+        "note 2 (layered@twin, 3 checkpoints): 10 rows at once",
+    ]
+    folder = tmp_path / "run"
+    answer = call("plan", tmp_path / "m.toml", "--run", folder)
+    assert answer.err.count("10 rows at once") == 2
+    assert "rows at once" not in answer.out
+    records = call("plan", tmp_path / "m.toml", "--run", folder, "--json").records
+    assert [r["note"] for r in records] == ["10 rows at once", "10 rows at once", ""] * 3
+    done(run)
+    table, notes = numbered_notes(plan_table(run.plan()))
+    assert (list(table.columns)[-1], notes) == ("reason", [])
 
 
 def test_other_unit_sizes_recompute_nothing_that_is_there(tmp_path: Path):

@@ -10,17 +10,29 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from commands import files
 from populations import Quiet, save_mlp, write_manifest
+from synthetic import LAYERS, Layered
 
-from pipeline.reduce import planned_shards, reduce_run, write_tables
+from pipeline.bounds_summary import summarize_bounds
+from pipeline.errors import StoreError
+from pipeline.reduce import (
+    TABLE_SCHEMAS,
+    planned_shards,
+    published_table,
+    reduce_run,
+    write_tables,
+)
 from pipeline.run import Run, execute, open_run, start_run
 from pipeline.schema import Constants, Failure
 from pipeline.shards import decode_shard, encode_shard, list_shards, shard_key
 from pipeline.worker import Workbench, run_unit, write_failure
 from tasks.block import Block
 from tasks.measurement import Row, Status
+from tasks.registry import METRICS
 
 PAIR = """
 [[measurements]]
@@ -323,3 +335,121 @@ def test_no_stopping_decision_rests_on_what_a_damaged_shard_left(twins: Run):
     found = sharpness(twins)
     assert set(found["status"]) == {"incomplete"}
     assert found["value"].isna().all()
+
+
+LAYERED = """
+[[measurements]]
+metric = "layered"
+[[measurements]]
+metric = "normalized_mls"
+[[correlations]]
+x = "size"
+y = "mls"
+"""
+
+
+@pytest.fixture
+def layered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Two sound networks and one that cannot be measured."""
+    monkeypatch.setitem(METRICS, "layered", Layered)
+    for seed in range(2):
+        save_mlp(tmp_path / f"checkpoints/mlp{seed}", seed=seed)
+    save_mlp(tmp_path / "checkpoints/sick", change=lambda m: next(m.parameters()).fill_(np.nan))
+    manifest = write_manifest(tmp_path / "m.toml", samples=8, measurements=LAYERED)
+    run = start_run(manifest, str(tmp_path / "run"))
+    result, _ = execute(run, Quiet(), on="inline")
+    assert result.failed == 2
+    return run
+
+
+def test_layers_have_a_table_of_their_own_and_the_summary_one_line_per_series(layered: Run):
+    _, found = layered.reduce()
+    assert len(found.summary) == 3 * 3
+    assert not found.summary.duplicated(["checkpoint", "series"]).any()
+    assert "layer_size" not in set(found.summary["quantity"])
+    lines = found.layers[found.layers["checkpoint"] == "mlp1"].set_index("layer")
+    assert list(lines.index) == list(LAYERS)
+    assert set(lines["series"]) == {"layer_size"}
+    assert list(lines["value"]) == [10 * 3.5, 20 * 3.5]
+    assert list(lines["stderr"]) == [0.1, 0.2]
+    assert list(lines["ci_high"] - lines["value"]) == [1, 2]
+    assert set(lines["num_samples"]) == {8}
+    assert set(lines["status"]) == {"ok"}
+    assert set(found.correlations.query("group == 'all'")["n_missing"]) == {1}
+
+
+def test_checks_are_lines_with_both_sides(layered: Run):
+    _, found = layered.reduce()
+    lines = found.bounds[found.bounds["checkpoint"] == "mlp0"]
+    assert list(lines["bound"]) == ["11", "11", "12b", "48", "48"]
+    assert list(lines["holds"]) == ["no", "yes", "undefined", "yes", "yes"]
+    np.testing.assert_allclose(lines["slack_log10"], [-1, 1, np.nan, 2, 2], rtol=1e-12)
+    assert list(lines["layer"].fillna("")) == ["", "", "", *LAYERS]
+    assert list(lines["conditions_met"]) == [True, True, False, True, True]
+    assert set(lines["num_samples"]) == {8}
+    counts = summarize_bounds(found.bounds)
+    assert list(counts["num_checkpoints"]) == [2] * 4
+    assert list(counts["num_missing"]) == [1] * 4
+
+
+@pytest.mark.parametrize("state", ["failed", "incomplete", "absent"])
+def test_what_has_no_result_is_told_in_layers_and_bounds(layered: Run, state: str):
+    run, name = layered, "sick"
+    if state == "incomplete":
+        (spec,) = [
+            i.spec
+            for i in run.plan().specs
+            if (i.spec.checkpoint, i.spec.metric) == ("mlp0", "layered")
+        ]
+        run.store.path(list_shards(run.store, [spec.key])[spec.key][0].key).unlink()
+        name = "mlp0"
+    if state == "absent":
+        shutil.rmtree(Path(run.store.uri).parent / "checkpoints/sick")
+        execute(run, Quiet(), on="inline")
+    _, found = run.reduce()
+    (reason,) = set(
+        found.summary.query("checkpoint == @name and metric == 'layered'")["status_text"]
+    )
+    (layer,) = found.layers[found.layers["checkpoint"] == name].to_dict("records")
+    assert (layer["series"], layer["status"]) == (
+        "layer_size", "incomplete" if state == "incomplete" else "failed",
+    )  # fmt: skip
+    assert pd.isna(layer["layer"])
+    assert np.isnan(layer["value"])
+    assert layer["num_missing"] == 8
+    (bound,) = found.bounds[found.bounds["checkpoint"] == name].to_dict("records")
+    assert (bound["holds"], bound["bound"], bound["conditions"]) == ("missing", "", reason)
+    assert pd.isna(bound["is_theorem"])
+    assert {"failed": "hold NaN or infinity", "incomplete": "flatcensus resume",
+            "absent": "config.json: not found"}[state] in reason  # fmt: skip
+
+
+def test_layers_and_bounds_are_the_same_bytes_again_and_read_back(layered: Run):
+    names = ("layers", "bounds")
+    first = tables(layered, names)
+    assert tables(layered, names) == first
+    _, found = layered.reduce(publish=False)
+    for name in names:
+        kept = published_table(layered.store, name)
+        assert pa.Table.from_pandas(kept, schema=TABLE_SCHEMAS[name], preserve_index=False).equals(
+            found.arrow()[name]
+        )
+
+
+def test_tables_without_lines_keep_their_types(copied: Run):
+    copied.reduce()
+    for name in ("layers", "bounds"):
+        kept = pq.read_table(copied.store.path(f"tables/{name}.parquet"))
+        assert kept.num_rows == 0
+        assert kept.schema.equals(TABLE_SCHEMAS[name])
+
+
+def test_a_published_table_that_cannot_be_read_names_what_writes_it_again(copied: Run):
+    path = copied.store.path("tables/bounds.parquet")
+    assert published_table(copied.store, "bounds").empty
+    for damaged in (b"x", path.read_bytes()[:-9], copied.store.get("tables/summary.parquet")):
+        path.write_bytes(damaged)
+        with pytest.raises(StoreError, match=r"bounds.parquet cannot be read .* flatcensus report"):
+            published_table(copied.store, "bounds")
+    path.unlink()
+    assert list(published_table(copied.store, "bounds").columns) == TABLE_SCHEMAS["bounds"].names
