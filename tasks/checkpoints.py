@@ -21,6 +21,7 @@ from torch import nn
 from tasks.checkpoint_folder import read_config, save_checkpoint
 from tasks.measurement import Settings
 from tasks.networks import NETWORKS, build_network
+from tasks.preparation import prepare
 from tasks.weights import (
     FETCH_HINT,
     SAFE_SUFFIX,
@@ -186,12 +187,7 @@ def load_checkpoint(
     model = _load_timm(ref, Path(ref.path)) if ref.source == "timm" else _load_local(ref)
     check_finite(model, ref.path)
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    model.eval().requires_grad_(False)
-    for module in model.modules():
-        # Fused attention has neither forward-mode derivatives nor a double backward, and products
-        # with the Jacobian need one of them; the plain path computes the same function.
-        if hasattr(module, "fused_attn"):
-            vars(module)["fused_attn"] = False
+    prepare(model)
     model.to(device=torch.device(device), dtype=dtype)
     data_config = resolve_model_data_config(model)
     num_outputs = _num_outputs(model, data_config, ref, dtype=dtype, device=device)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,9 +118,11 @@ class LayerGraph:
                 is_grads_batched=True,
                 retain_graph=True,
                 allow_unused=True,
-                materialize_grads=True,
             )
-        parts = iter(found)
+        parts = iter(
+            weighted.new_zeros(len(cotangents), *w.shape, dtype=w.dtype) if g is None else g
+            for g, w in zip(found, wanted, strict=True)
+        )
         return Gradients(
             scale=scale,
             images=next(parts) if images else None,
@@ -200,7 +202,7 @@ def layer_graph(
             copies: dict[str, torch.Tensor],
         ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
             with _added(layers, input_zeros, output_zeros) as seen:
-                logits = forward(_Network(model, copies), image[None].clone())
+                logits = forward(replaced(model, copies), image[None].clone())
             if len(seen) != len(layers):
                 raise MeasurementError(
                     f"layers: expected {len(layers)} calls of linear and convolutional layers, as "
@@ -238,9 +240,12 @@ def _zeros(like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return like.new_zeros((), requires_grad=True).expand(shape)
 
 
-class _Network(nn.Module):
-    """A network with some of its parameters replaced."""
+def replaced(model: nn.Module, values: Mapping[str, torch.Tensor]) -> nn.Module:
+    """A view of a network in which some parameters, by name, have other values."""
+    return _Replaced(model, dict(values))
 
+
+class _Replaced(nn.Module):
     def __init__(self, model: nn.Module, values: dict[str, torch.Tensor]) -> None:
         super().__init__()
         self.model, self.values = [model], values  # in a list: not a submodule

@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from tasks.measurement import Batch, Output, Row, Subject
+from tasks.preparation import prepare
 
 NUM_CLASSES = 10
 
@@ -30,7 +31,7 @@ def make_subject(
 
     The model is put in eval mode with frozen parameters; images are cast to its dtype.
     """
-    model = model.eval().requires_grad_(False)
+    model = prepare(model)
     dtype = next((p.dtype for p in model.parameters()), images.dtype)
     images = images.to(dtype)
     labels = torch.zeros(len(images), dtype=torch.long) if labels is None else labels
