@@ -52,7 +52,7 @@ def _affine(norm: Any, x: torch.Tensor) -> torch.Tensor:
         shift = shift + norm.bias
     shape = (-1, *[1] * (x.ndim - 2))
     x = x * scale.reshape(shape) + shift.reshape(shape)
-    return norm.act(norm.drop(x)) if type(norm) is BatchNormAct2d else x
+    return norm.act(norm.drop(x)) if hasattr(norm, "act") else x  # BatchNormAct2d
 
 
 class _ReadOnce(dict[Any, Any]):
