@@ -17,22 +17,30 @@ the losses of the image spread (``authors_draws``).
 
 Images share a draw in groups of ``group_size``. Draw r of group g comes from the key
 (seed, "adaptive_sharpness", g, r), so it can be recreated and networks of one shape share it.
-Images and draws are fresh per group, so few draws on many images serve the population mean best:
-stages first grow the images, then the draws.
+When to stop is the subject of ``tasks.grouped_stages``.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import pydantic
 
-from tasks.anova import GroupedMean, Table, grouped_mean
+from tasks.anova import Table, grouped_mean
 from tasks.authors_draws import AUTHORS, authors_draws
 from tasks.block import Block
+from tasks.grouped_stages import (
+    COVERAGE_FIELDS,
+    check_draws,
+    grouped_estimate,
+    grouped_stages,
+    grouped_status,
+    sample_groups,
+    select,
+    suffices,
+)
 from tasks.measurement import (
     Batch,
     Columns,
@@ -51,11 +59,6 @@ from tasks.squared_error import squared_errors
 
 _NAME = "adaptive_sharpness"
 _ERROR_NAME = "squared_error"
-# Share of draws in the variance below which more draws shorten the interval by < 5 %.
-_SMALL_SHARE = 0.10
-# Fewer groups give too uncertain a standard error to stop on. Measured on the skewed values of a
-# digits ViT (rho 0.03, target 10 %): stopping from 8, 32, 64 groups on covers 90, 92, 93.5 %.
-_MIN_GROUPS = 64
 
 
 class AdaptiveSharpness(Measurement):
@@ -75,9 +78,7 @@ class AdaptiveSharpness(Measurement):
     metric: ClassVar[str] = _NAME
     version: ClassVar[int] = 1
     quantities: ClassVar[tuple[str, ...]] = (_NAME, _ERROR_NAME)
-    coverage_fields: ClassVar[frozenset[str]] = frozenset(
-        {"min_draws", "max_draws", "max_samples", "target_relative_stderr"}
-    )
+    coverage_fields: ClassVar[frozenset[str]] = COVERAGE_FIELDS
 
     method: Literal["antithetic", "one_sided", "authors"] = "antithetic"
     rho: float = pydantic.Field(default=0.1, gt=0)
@@ -102,11 +103,7 @@ class AdaptiveSharpness(Measurement):
 
     @pydantic.model_validator(mode="after")
     def _check_draws(self) -> Self:
-        if self.max_draws < self.min_draws:
-            raise ValueError(
-                f"max_draws = {self.max_draws} is below min_draws = {self.min_draws}. "
-                "Raise max_draws or lower min_draws."
-            )
+        check_draws(self)
         return self
 
     @property
@@ -120,36 +117,14 @@ class AdaptiveSharpness(Measurement):
         Raises:
             ValueError: If ``max_samples`` is below ``num_samples``.
         """
-        most = num_samples if self.max_samples is None else self.max_samples
-        if most < num_samples:
-            raise ValueError(
-                f"{self.metric}: max_samples = {most} is below samples = {num_samples}. "
-                "Raise max_samples or remove it."
-            )
-        most = min(most, available)
-        samples = _doublings(min(num_samples, most), most)
-        draws = _doublings(self.min_draws, self.max_draws)
-        stages = [Block(range(count), range(self.min_draws)) for count in samples]
-        return stages + [Block(range(most), range(count)) for count in draws[1:]]
+        return grouped_stages(self, num_samples, available)
 
     def finished(self, rows: Columns) -> bool:
         """Whether the target is reached, or further stages could not bring it nearer."""
-        table = _select(rows)
-        if not np.isfinite(table.values).all():
-            return True
-        num_draws = int(table.draws.max()) + 1
-        if self.method == "authors":
-            return int(authors_draws(table, self.rho).max()) <= num_draws
-        mean = grouped_mean(table)
-        # Draws are added last: more than min_draws of them means that the images are exhausted.
-        images_may_grow = (
-            self.max_samples is not None
-            and mean.num_samples < self.max_samples
-            and num_draws <= self.min_draws
-        )
-        if mean.relative_stderr <= self.target_relative_stderr:
-            return mean.num_groups >= _MIN_GROUPS or not images_may_grow
-        return mean.draws_share <= _SMALL_SHARE and not images_may_grow
+        table = select(rows, _NAME)
+        if self.method == "authors" and np.isfinite(table.values).all():
+            return int(authors_draws(table, self.rho).max()) <= int(table.draws.max()) + 1
+        return suffices(self, table)
 
     def measure(self, subject: Subject, block: Block) -> list[Row]:
         """Measure draws on samples, group by group.
@@ -164,7 +139,7 @@ class AdaptiveSharpness(Measurement):
         """
         rows: list[Row] = []
         with perturbable(subject.model) as weights:
-            for group, members in _groups(block.samples, self.group_size):
+            for group, members in sample_groups(block.samples, self.group_size):
                 started = time.perf_counter()
                 batch = subject.batch(members)
                 base = _base_errors(subject, weights, batch)
@@ -215,7 +190,7 @@ class AdaptiveSharpness(Measurement):
 
         ``stderr`` contains the spread of images and draws, ``stderr_draws`` that of draws alone.
         """
-        table = _select(rows)
+        table = select(rows, _NAME)
         if self.method == "authors" and np.isfinite(table.values).all():
             kept = table.draws < authors_draws(table, self.rho)
             table = Table(*(column[kept] for column in table))
@@ -223,18 +198,12 @@ class AdaptiveSharpness(Measurement):
         if len(table.values):
             mean = grouped_mean(table)
             estimates.append(
-                Estimate(
-                    quantity=_NAME,
-                    value=mean.value,
-                    stderr=mean.stderr,
-                    ci_low=mean.ci_low,
-                    ci_high=mean.ci_high,
-                    num_samples=mean.num_samples,
+                grouped_estimate(
+                    _NAME,
+                    mean,
                     num_rows=len(table.values),
-                    stderr_draws=mean.stderr_draws,
-                    num_probes=mean.num_draws,
                     forward_equivalents=float(self._num_signs * len(table.values)),
-                    status=self._status(mean),
+                    status=grouped_status(self, mean),
                 )
             )
         if (np.asarray(rows["quantity"]) == _ERROR_NAME).any():  # not where draw 0 is missing
@@ -248,36 +217,6 @@ class AdaptiveSharpness(Measurement):
     @property
     def _num_signs(self) -> int:
         return 2 if self.method == "antithetic" else 1
-
-    def _status(self, mean: GroupedMean) -> Status:
-        if not np.isfinite(mean.value):
-            return Status.NOT_FINITE
-        if mean.relative_stderr <= self.target_relative_stderr:
-            return Status.OK
-        if mean.num_groups < 2 or mean.draws_share <= _SMALL_SHARE:
-            return Status.LIMITED_BY_SAMPLES
-        return Status.TARGET_NOT_REACHED
-
-
-def _select(rows: Columns) -> Table:
-    chosen = np.asarray(rows["quantity"]) == _NAME
-    return Table(
-        np.asarray(rows["value"])[chosen].astype(np.float64),
-        *(np.asarray(rows[name])[chosen].astype(np.int64) for name in ("sample", "draw", "group")),
-    )
-
-
-def _doublings(first: int, last: int) -> list[int]:
-    counts = [first]
-    while counts[-1] < last:
-        counts.append(min(2 * counts[-1], last))
-    return counts
-
-
-def _groups(samples: range, group_size: int) -> Iterator[tuple[int, range]]:
-    for group in range(samples.start // group_size, (samples.stop - 1) // group_size + 1):
-        start = max(samples.start, group * group_size)
-        yield group, range(start, min(samples.stop, (group + 1) * group_size))
 
 
 def _base_errors(subject: Subject, weights: PerturbableWeights, batch: Batch) -> np.ndarray:
