@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,21 +82,30 @@ def scatter(
         The files written: SVG, PNG (200 dpi) and, if asked for, PDF.
     """
     points = paired_points(summary, pair)
-    with matplotlib.style.context(["default", _STYLE]):
-        figure = _figure(points, pair, correlations)
-        # No date and no version: equal tables give equal bytes.
-        metadata = {
-            "svg": {"Date": None, "Creator": None},
-            "png": {"Software": None},
-            "pdf": {"CreationDate": None, "Producer": None, "Creator": None},
-        }
-        paths = []
-        for kind in ("svg", "png", "pdf") if pdf else ("svg", "png"):
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=kind, metadata=metadata[kind])
-            paths.append(out.with_name(f"{out.name}.{kind}"))
-            paths[-1].write_bytes(buffer.getvalue())
+    with house_style():
+        return save(_figure(points, pair, correlations), out, pdf=pdf)
+
+
+def save(figure: Figure, out: Path, *, pdf: bool) -> list[Path]:
+    """Write a figure as SVG, PNG and perhaps PDF; call it inside ``house_style``."""
+    # No date and no version: equal tables give equal bytes.
+    metadata = {
+        "svg": {"Date": None, "Creator": None},
+        "png": {"Software": None},
+        "pdf": {"CreationDate": None, "Producer": None, "Creator": None},
+    }
+    paths = []
+    for kind in ("svg", "png", "pdf") if pdf else ("svg", "png"):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=kind, metadata=metadata[kind])
+        paths.append(out.with_name(f"{out.name}.{kind}"))
+        paths[-1].write_bytes(buffer.getvalue())
     return paths
+
+
+def house_style() -> AbstractContextManager[None]:
+    """Settings of all figures, whatever the user's are."""
+    return matplotlib.style.context(["default", _STYLE])
 
 
 def family_styles(families: Sequence[str]) -> dict[str, Style]:
@@ -165,7 +175,7 @@ def _draw_points(axes: Axes, usable: pd.DataFrame, pair: CorrelationPair) -> Non
         rows = family == name
         axes.scatter(x[rows], y[rows], s=24, color=style.color, marker=style.marker, alpha=0.9,
                      edgecolors="white", linewidths=0.4, zorder=3,
-                     label=_legend_text(name, int(rows.sum())))  # fmt: skip
+                     label=legend_text(name, int(rows.sum())))  # fmt: skip
     if others:
         rows = np.isin(family, list(others))
         axes.scatter(x[rows], y[rows], s=26, color=OTHER_COLOR, marker=OTHER_MARKER, zorder=2,
@@ -235,7 +245,8 @@ def _axis(points: pd.DataFrame, axis: str, transform: Transform) -> tuple[np.nda
     return values, np.where(np.isfinite(bars), bars, 0.0)
 
 
-def _legend_text(family: str, count: int) -> str:
+def legend_text(family: str, count: int) -> str:
+    """Name of a family and how many checkpoints it has, as every legend writes it."""
     # A thin space in front: matplotlib hides legend entries that start with an underscore.
     return drawable(f"\u2009{shortened(family) or 'no family'} ({count})")
 

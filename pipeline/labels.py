@@ -97,10 +97,10 @@ def correlation_text(row: Mapping[Hashable, Any]) -> str:
     name = symbol[row["method"]]
     if math.isnan(row["r"]):
         return f"{name} undefined"
-    text = f"{name} = {_signed(row['r'])}"
+    text = f"{name} = {rounded(row['r'])}"
     if math.isnan(row["ci_low"]):
         return f"{text} (no interval)"
-    return f"{text} [{_signed(row['ci_low'])}, {_signed(row['ci_high'])}]"
+    return f"{text} [{rounded(row['ci_low'])}, {rounded(row['ci_high'])}]"
 
 
 def counted(count: int, noun: str) -> str:
@@ -108,5 +108,11 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
-def _signed(value: float) -> str:
+def rounded(value: float) -> str:
+    """A coefficient with two decimals."""
     return f"{value:.2f}".replace("-", "−")
+
+
+def signed(value: float) -> str:
+    """A coefficient with two decimals and its sign, whichever it is."""
+    return f"{value:+.2f}".replace("-", "−")

@@ -8,15 +8,16 @@ checkpoints and within families. x is the series that comes first in the plot, y
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+import math
+from collections.abc import Hashable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import pydantic
 
 from pipeline.correlate import CorrelationPair, correlation_frame, correlation_rows, paired_points
-from pipeline.labels import counted
-from tasks.correlation import Transform, transformed
+from tasks.correlation import MIN_FOR_R, Transform, transformed
 
 
 class PairPlot(pydantic.BaseModel):
@@ -43,14 +44,19 @@ class PairPlot(pydantic.BaseModel):
 class SeriesValues(NamedTuple):
     """One series over the checkpoints, on its scale.
 
-    ``values`` (n,) are those inside the scale, ``note`` says how many there are and what became of
-    the others: not measured, infinite, or outside the scale.
+    ``values`` (n,) are those inside the scale, sorted. ``gaps`` says what became of the others:
+    missing, infinite, or outside the scale.
     """
 
     series: str
     transform: Transform
     values: np.ndarray
-    note: str
+    gaps: str
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether there are values, and only equal ones."""
+        return self.values.size > 0 and bool(self.values[0] == self.values[-1])
 
 
 def matrix_table(
@@ -82,7 +88,7 @@ def matrix_table(
 
 def matrix_pairs(summary: pd.DataFrame, plot: PairPlot) -> list[CorrelationPair]:
     """All pairs with their scales: x comes before y in the plot's order."""
-    scales = {s.series: s.transform for s in series_values(summary, plot)}
+    scales: dict[str, Transform] = {s.series: s.transform for s in series_values(summary, plot)}
     return [
         CorrelationPair(
             x=x, y=y, transform_x=scales[x], transform_y=scales[y], methods=("pearson", "spearman")
@@ -98,8 +104,7 @@ def series_values(summary: pd.DataFrame, plot: PairPlot) -> list[SeriesValues]:
     for series in plot.series:
         raw = summary.loc[summary["series"] == series, "value"].to_numpy(dtype=np.float64)
         finite = raw[np.isfinite(raw)]
-        default: Transform = "log" if (finite > 0).all() else "identity"
-        transform = plot.transforms.get(series, default)
+        transform = plot.transforms.get(series) or ("log" if (finite > 0).all() else "identity")
         values, _ = transformed(finite, np.zeros_like(finite), transform)
         values = np.sort(values[np.isfinite(values)])
         gaps = [
@@ -107,15 +112,18 @@ def series_values(summary: pd.DataFrame, plot: PairPlot) -> list[SeriesValues]:
             (int(np.isinf(raw).sum()), "infinite"),
             (finite.size - values.size, f"outside the {transform} scale"),
         ]
-        notes = [counted(values.size, "value"), *(f"{n} {text}" for n, text in gaps if n)]
-        if values.size > 1 and np.ptp(values) == 0:
-            notes.append("constant")
-        found.append(SeriesValues(series, transform, values, ", ".join(notes)))
+        text = ", ".join(f"{count} {what}" for count, what in gaps if count)
+        found.append(SeriesValues(series, transform, values, text))
     return found
 
 
-def cell_reason(row: pd.Series) -> str:
+def cell_reason(row: Mapping[Hashable, Any]) -> str:
     """Why a pair has no coefficient, in a word or two; empty if it has one."""
-    if not np.isnan(row["r"]):
+    if not math.isnan(row["r"]):
         return ""
-    return f"n = {row['n']}" if row["n"] < 3 else "constant"
+    return f"needs {MIN_FOR_R} checkpoints" if row["n"] < MIN_FOR_R else "constant"
+
+
+def unscaled(values: np.ndarray, transform: Transform) -> np.ndarray:
+    """Values (n,) on their scale, back in their units."""
+    return {"log": np.exp, "sqrt": np.square, "identity": np.asarray}[transform](values)

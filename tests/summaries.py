@@ -73,3 +73,20 @@ def line(
         "status_text": "OutOfMemory: batch_size = 8 needs 9.1 GB" if failed else "reached",
         "spec_key": "0123456789abcdef",
     }  # fmt: skip
+
+
+def many_series(
+    num_series: int, num_checkpoints: int = 30, *, families: Sequence[str] = FAMILIES[:5]
+) -> pd.DataFrame:
+    """A summary of several correlated positive series ``q0``, ``q1``, ...; one value is missing."""
+    generator = np.random.Generator(np.random.PCG64(1))
+    common = generator.standard_normal(num_checkpoints)
+    rows = []
+    for s in range(num_series):
+        weight = generator.uniform(-1, 1)
+        for i in range(num_checkpoints):
+            family = families[i % len(families)]
+            value = float(np.exp(weight * common[i] + 0.4 * generator.standard_normal()))
+            failed = s == 1 and i == 3
+            rows.append(line(f"{family}_{i}", family, f"q{s}", value, 0.05 * value, failed=failed))
+    return pd.DataFrame(rows)
