@@ -36,8 +36,11 @@ def sample_mean(rows: Columns, quantity: str) -> Estimate:
     count = len(values)
     mean, stderr, half = float(np.mean(values)), float("nan"), float("nan")
     if count > 1:
-        stderr = float(np.std(values, ddof=1) / np.sqrt(count))
+        with np.errstate(invalid="ignore"):  # logarithms of 0 have no spread
+            stderr = float(np.std(values, ddof=1) / np.sqrt(count))
         half = float(scipy.stats.t.ppf(0.975, count - 1)) * stderr
+    with np.errstate(invalid="ignore"):
+        error_bound = float(np.mean(column("upper") - column("lower")) / 2)
     statuses = set(np.asarray(rows["status"])[chosen].astype(str))
     order = (Status.NOT_FINITE, Status.NOT_CONVERGED, Status.UNCLEAR_RANK, Status.CONSTANT_INPUT)
     return Estimate(
@@ -48,7 +51,7 @@ def sample_mean(rows: Columns, quantity: str) -> Estimate:
         ci_high=mean + half,
         num_samples=count,
         num_rows=count,
-        error_bound=float(np.mean(column("upper") - column("lower")) / 2),
+        error_bound=error_bound,
         num_probes=int(column("num_probes").sum()),
         forward_equivalents=float(column("forward_equivalents").sum()),
         status=next((status for status in order if status.value in statuses), Status.OK),
