@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+from commands import call
+from populations import save_mlp, write_manifest
+from synthetic import Layered
 
 from pipeline.bounds_summary import COLUMNS, bounds_headline, num_violated, summarize_bounds
+from tasks.registry import METRICS
 
 
 def check(checkpoint: str, holds: str, **changes: Any) -> dict[str, Any]:
@@ -95,3 +100,74 @@ def test_flags_may_have_any_type_that_tables_give_them(kind: str):
     table = pd.DataFrame(lines).astype({"is_theorem": kind, "conditions_met": kind})
     assert num_violated(table) == 1
     assert list(summarize_bounds(table)["num_violated"]) == [0, 1, 0]
+
+
+@pytest.fixture
+def manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setitem(METRICS, "layered", Layered)
+    for seed in range(2):
+        save_mlp(tmp_path / f"checkpoints/mlp{seed}", seed=seed)
+    return write_manifest(
+        tmp_path / "m.toml", samples=4, measurements='[[measurements]]\nmetric = "layered"\n'
+    )
+
+
+HEADLINE = "bounds: 6 of 10 hold, 2 fail (0 of them theorems whose conditions are met), 2 undefined"
+
+
+def test_launch_report_and_status_say_how_many_hold(manifest: Path):
+    run = manifest.parent / "run"
+    for command in (("launch", manifest, "--run", run, "--on", "inline"), ("report", run)):
+        answer = call(*command)
+        assert answer.code == 0, answer.err
+        assert answer.err.splitlines().count(HEADLINE) == 1
+        assert "bounds" not in answer.out
+    answer = call("status", run)
+    assert answer.code == 0
+    assert answer.err.splitlines()[0] == f"{HEADLINE}, when last reduced"
+    (run / "tables/bounds.parquet").unlink()
+    assert "bounds" not in call("status", run).err
+
+
+def test_theorems_that_fail_are_an_alarm_and_no_failure(manifest: Path):
+    manifest.write_text(
+        manifest.read_text().replace('"layered"', '"layered"\ntheorem_fails = true')
+    )
+    run = manifest.parent / "run"
+    for command in (
+        ("launch", manifest, "--run", run, "--on", "inline"), ("report", run), ("status", run),
+    ):  # fmt: skip
+        answer = call(*command)
+        assert answer.code == 0, answer.err
+        assert "4 of 10 hold, 4 fail (2 of them theorems whose conditions are met)" in answer.err
+        (alarm,) = [line for line in answer.err.splitlines() if "a bug or a numerical" in line]
+        assert alarm.startswith("2 checks of theorems failed although")
+    _, _, asked = alarm.partition("See: flatcensus ")
+    found = call(*asked.split(), "--json").records
+    assert [line["checkpoint"] for line in found] == ["mlp0", "mlp1"]
+    assert {line["kind"] for line in found} == {"untied"}
+
+
+def test_layers_and_bounds_are_views_with_columns_that_fit_a_terminal(manifest: Path):
+    run = manifest.parent / "run"
+    call("launch", manifest, "--run", run, "--on", "inline")
+    layers = call("query", run, "layers", "layer~HEA", "value>1")
+    assert layers.out.split()[:4] == ["checkpoint", "series", "layer", "value"]
+    assert [line.split()[2] for line in layers.out.splitlines()[1:]] == ["head", "head"]
+    bounds = call("query", run, "bounds", "holds=undefined", "conditions_met=false")
+    assert "0 is an input on 1 image" in bounds.out
+    assert len(bounds.out.splitlines()) == 1 + 2
+    sql = "select bound, count(*) as n from bounds where is_theorem group by bound order by bound"
+    assert call("query", run, sql, "--json").records == [
+        {"bound": "11", "n": 2}, {"bound": "12b", "n": 2}, {"bound": "48", "n": 4},
+    ]  # fmt: skip
+
+
+def test_runs_without_inequalities_have_no_headline(tmp_path: Path):
+    save_mlp(tmp_path / "checkpoints/mlp0")
+    path, run = write_manifest(tmp_path / "m.toml", samples=4), tmp_path / "run"
+    for command in (("launch", path, "--run", run, "--on", "inline"), ("status", run)):
+        assert "bounds" not in call(*command).err
+    answer = call("query", run, "bounds")
+    assert answer.code == 0
+    assert answer.out.split()[:3] == ["checkpoint", "label", "bound"]
