@@ -30,6 +30,21 @@ DEFINITIONS = {
     "adaptive_sharpness": Definition(
         "Adaptive sharpness", "(2/ρ²) E[L(θ+δ) − L(θ)], δ ~ N(0, ρ² diag θ²)", "units of the loss"
     ),
+    "sharpness": Definition("Sharpness", "mean over images of ‖∂f/∂θ‖²", "outputs²"),
+    "sharpness_sqrt": Definition(
+        "Root sharpness", "square root of the mean over images of ‖∂f/∂θ‖²", "outputs"
+    ),
+    "untied_sharpness": Definition(
+        "Untied sharpness", "mean over images of the sum over layers of ‖∂f/∂z‖² ‖x‖²", "outputs²"
+    ),
+    "matrix_normalized_sharpness": Definition(
+        "Matrix-normalised sharpness",
+        "sum over layers of ‖W‖₂ times the root of its sharpness",
+        "outputs",
+    ),
+    "layer_sharpness": Definition(
+        "Layer's sharpness", "mean over images of ‖∂f/∂W‖²", "outputs² per weight²"
+    ),
     "accuracy": Definition("Accuracy", "share of images whose largest logit is the label's", ""),
     "loss": Definition("Loss", "mean over images of ½‖f(x) − y‖²", "outputs²"),
     "cross_entropy": Definition(

@@ -86,16 +86,11 @@ def plan_rows(
         MeasurementError: If the rows of one image and layer take more, or the network has no layer.
     """
     count = num_rows(subject, batch)
-    found, constant = network_layers(subject)
+    found, constant = network_layers(subject) if layers else ((), ())
     sizes = {IMAGE: batch.inputs[0].numel()} if image else {}
     indices = {IMAGE: -1} if image else {}
-    for k, layer in enumerate(found if layers else ()):
+    for k, layer in enumerate(found):
         sizes[layer.name], indices[layer.name] = prod(layer.input_shape), k
-    if not sizes:
-        raise MeasurementError(
-            "expected linear or convolutional modules (nn.Linear, nn.Conv2d) whose input depends "
-            "on the image, found none. Layer-wise quantities of this network are not defined."
-        )
     row = count * batch.inputs.element_size()
     budget = int(memory_gib * 2**30)
     groups: list[list[str]] = []
@@ -135,13 +130,13 @@ def reduce_rows(
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
-def checked_graph(subject: Subject, batch: Batch) -> LayerGraph:
+def checked_graph(subject: Subject, batch: Batch, *, parameters: bool = False) -> LayerGraph:
     """The graph of a batch's layers.
 
     Raises:
         MeasurementError: If the network gives NaN logits, or not one per class.
     """
-    graph = layer_graph(subject.model, batch.inputs, subject.output)
+    graph = layer_graph(subject.model, batch.inputs, subject.output, parameters=parameters)
     require_finite(subject.model, batch.inputs, graph.logits, batch.samples)
     if graph.logits.shape[1] != batch.targets.shape[1]:
         raise MeasurementError(
@@ -158,9 +153,18 @@ def num_rows(subject: Subject, batch: Batch) -> int:
 
 
 def network_layers(subject: Subject) -> tuple[tuple[Layer, ...], tuple[str, ...]]:
-    """Layers and modules on constant inputs (``find_layers``), looked for once per subject."""
+    """Layers and modules on constant inputs (``find_layers``), looked for once per subject.
+
+    Raises:
+        MeasurementError: If there is no layer.
+    """
     if "layers" not in subject.cache:
         subject.cache["layers"] = find_layers(subject.model, subject.batch((0,)).inputs)
+    if not subject.cache["layers"][0]:
+        raise MeasurementError(
+            "expected linear or convolutional modules (nn.Linear, nn.Conv2d) whose input depends "
+            "on the image, found none. Layer-wise quantities of this network are not defined."
+        )
     return subject.cache["layers"]
 
 

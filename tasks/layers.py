@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from tasks.jacobian import forward
+from tasks.plain_layers import is_plain
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,19 +92,3 @@ def find_layers(model: nn.Module, image: torch.Tensor) -> tuple[tuple[Layer, ...
         for layer in found
     ]
     return tuple(layers), tuple(dict.fromkeys(constant))
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether a module applies its own ``weight`` as ``nn.Linear`` or ``nn.Conv2d`` would.
-
-    Weight-standardised and parametrised layers do not: their effective weight is another one.
-    """
-    if "weight" not in module._parameters:
-        return False
-    if isinstance(module, nn.Conv2d):
-        return (
-            type(module).forward is nn.Conv2d.forward
-            and type(module)._conv_forward is nn.Conv2d._conv_forward
-            and module.padding_mode == "zeros"
-        )
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward

@@ -46,6 +46,7 @@ class Status(enum.StrEnum):
     UNCLEAR_RANK = "unclear_rank"
     RANK_VARIES = "rank_varies"
     CONSTANT_INPUT = "constant_input"
+    OWN_WEIGHT = "own_weight"
     NOT_MEASURED = "not_measured"
     INCOMPLETE = "incomplete"
 
@@ -84,6 +85,10 @@ _SENTENCES = {
     Status.CONSTANT_INPUT: (
         "The layer's input does not depend on the image (a table of relative positions, for "
         "example), so it has no sensitivity to it and is left out of sums over layers."
+    ),
+    Status.OWN_WEIGHT: (
+        "A layer changes its weight in its forward or applies it twice, so it has no norm or no "
+        "gradient of its own, and sums of them over layers are not defined for this network."
     ),
     Status.NOT_MEASURED: "The measurement's settings leave this quantity out.",
     Status.INCOMPLETE: "Some planned samples have no result yet. Run: flatcensus resume RUN",

@@ -7,8 +7,9 @@ from tasks.adaptive_sharpness import AdaptiveSharpness
 from tasks.generalization_gap import GeneralizationGap
 from tasks.measurement import Measurement
 from tasks.sensitivity import NormalizedMls
+from tasks.sharpness import Sharpness
 
 METRICS: dict[str, type[Measurement]] = {
     measurement.metric: measurement
-    for measurement in (NormalizedMls, AdaptiveSharpness, Accuracy, GeneralizationGap)
+    for measurement in (NormalizedMls, AdaptiveSharpness, Accuracy, GeneralizationGap, Sharpness)
 }
