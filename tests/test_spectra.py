@@ -206,11 +206,11 @@ def test_rows_that_overflow_are_nan_for_their_image_only():
 
 def test_networks_without_layers_have_a_spectrum_and_no_layers():
     of = oracles.make_subject(*oracles.worked_example(), output="identity")
-    found = spectra(of, of.batch(range(2)), layers=True)
+    found = spectra(of, of.batch(range(2)))
     assert list(found.singular_values) == [IMAGE]
     np.testing.assert_allclose(found.singular_values[IMAGE], [[3, np.sqrt(2)]] * 2, rtol=1e-14)
     with pytest.raises(MeasurementError, match="expected linear or convolutional modules"):
-        spectra(of, of.batch(range(2)), image=False, layers=True)
+        spectra(of, of.batch(range(2)), layers=True)
 
 
 class _Root(nn.Module):
