@@ -57,7 +57,7 @@ class Moments:
 
     Attributes:
         trace: Tr C, unbiased, with ``trace_stderr``.
-        ratio: (Tr C)^2 / Tr C^2 within [1, N], NaN for C = 0; with ``ratio_stderr``.
+        ratio: (Tr C)^2 / Tr C^2 within [1, min(N, M)], NaN for C = 0; with ``ratio_stderr``.
         num_probes: Random vectors u_a.
         num_steps: Lanczos steps, at most N.
         num_operators: Times that ``make_products`` was called for it.
@@ -169,7 +169,7 @@ def _record(
     ratio_stderr = ((num - 1) / num**0.5) * without.std(1, correction=0)
     corrected = num * full - (num - 1) * without.mean(1)
     # The ratio is known to lie within these bounds: the nearest point is never further from it.
-    bounded = corrected.clamp(1, state.basis.shape[2])
+    bounded = corrected.clamp(1, min(state.basis.shape[2], state.pulled.shape[2]))
     converged = trace_stderr <= target * trace
     if ratio:
         converged &= ratio_stderr <= target * bounded
