@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from tasks.jacobian import forward
-from tasks.measurement import Subject
+from tasks.measurement import MeasurementError, Subject
 from tasks.random import generator
 
 _CACHE_KEY = "head"
@@ -58,10 +58,11 @@ def find_head(model: nn.Module, images: torch.Tensor) -> Head | None:
     """Find the linear layers whose inputs determine the logits as an affine map.
 
     A layer is considered if it is called once, on one vector per image. The inputs of all of them
-    are cut from what they came from, so what the logits still depend on is the last
-    layer on every path. Accepted if no path leads around them, if the derivative with respect to
-    the features does not depend on the features, and if slope and offset agree between the images
-    and points near and far from them.
+    are cut from what they came from, so what the logits still depend on is the last layer on every
+    path. Accepted if no path leads around them and the graph of the derivative with respect to the
+    features does not hold the features (both by structure, whatever the sizes), and if slope and
+    offset agree between the images and points near and far from them (which sees what is hidden
+    from autograd).
 
     Args:
         model: In eval mode, parameters frozen.
@@ -71,7 +72,7 @@ def find_head(model: nn.Module, images: torch.Tensor) -> Head | None:
         The head, on the device of the images; None if the network has none.
 
     Raises:
-        MeasurementError: If the logits are not (B, N).
+        MeasurementError: If the logits are not (B, N) or not finite.
     """
     candidates = _vector_layers(model, images[:1])
     count = min(len(images), 2)
@@ -82,6 +83,11 @@ def find_head(model: nn.Module, images: torch.Tensor) -> Head | None:
         leaf = torch.cat([few, *copies]).requires_grad_()
         # The clone lets networks that start with an in-place operation run on a leaf.
         logits = forward(model, leaf.clone())
+    if not torch.isfinite(logits[:count]).all():
+        raise MeasurementError(
+            "head: expected finite logits of the first images, found NaN or infinity. Check the "
+            "weights and the preprocessing of this checkpoint, or use dtype = 'float64'."
+        )
     reached = _leaves(logits)
     names = tuple(name for name in cuts.features if cuts.features[name] in reached)
     if not names or leaf in reached:
@@ -126,7 +132,8 @@ def output_basis(slope: torch.Tensor, head: Head | None) -> torch.Tensor:
     if head is None or num_outputs <= head.weight.shape[1]:
         unit = torch.eye(num_outputs, dtype=torch.float64, device=slope.device)
         return unit[:, None, :].expand(num_outputs, count, num_outputs)
-    # Saturated sigmoids have slopes of 1e-200 and less, whose squares underflow in the QR.
+    # Saturated sigmoids have slopes of 1e-200 and less. LAPACK's QR does not square them, that of
+    # other devices may.
     largest = slope.abs().amax(1, keepdim=True)
     unit_slope = slope / torch.where(largest > 0, largest, 1.0)
     size = head.weight.abs().amax()

@@ -13,6 +13,7 @@ from torch import nn
 
 from tasks.head import find_head, head_features, output_basis, subject_head
 from tasks.jacobian import dense_jacobian, jacobian_batch, slope
+from tasks.measurement import MeasurementError
 
 # Rounding of float64 products through a network, and of a QR and an SVD of a few hundred rows.
 TOLERANCE = 1e-12
@@ -161,6 +162,8 @@ REFUSED = {
     "gate": lambda m, x, phi: m.head(phi) * torch.sigmoid(m.gate(x.flatten(1))),
     "skip_around_the_head": lambda m, x, phi: m.head(phi) + x.flatten(1)[:, :15],
     "hidden_skip": lambda m, x, phi: m.head(phi) + x.detach().flatten(1)[:, :15],
+    "bend_below_float32_rounding": lambda m, x, phi: (z := m.head(phi)) + 1e-7 * torch.sin(z),
+    "skip_below_float32_rounding": lambda m, x, phi: m.head(phi) + 1e-7 * x.flatten(1)[:, :15],
     "called_twice": lambda m, x, phi: m.head(phi) + m.head(phi * phi),
     "tokens": lambda m, x, phi: m.head(torch.stack([phi, phi**2], dim=1)).mean(1).relu(),
     "not_a_layer": lambda m, x, phi: phi @ m.head.weight.mT,
@@ -212,6 +215,12 @@ def test_networks_with_fewer_outputs_than_features_use_unit_vectors():
     slopes = slope(model(images()), "sigmoid")
     basis = output_basis(slopes, head)
     assert torch.equal(basis, torch.eye(10).double()[:, None].expand(10, 3, 10))
+
+
+def test_logits_that_are_not_finite_are_an_error_and_not_a_missing_head():
+    model = _After(lambda m, x, phi: m.head(phi) / 0).double().requires_grad_(False)
+    with pytest.raises(MeasurementError, match="expected finite logits"):
+        find_head(model, images())
 
 
 def test_finding_leaves_model_and_images_as_they_were():
