@@ -53,6 +53,11 @@ DEFINITIONS = {
     "generalization_gap": Definition(
         "Generalization gap", "training minus test accuracy", "percentage points"
     ),
+    "relative_flatness": Definition(
+        "Relative flatness (large is sharp)",
+        "Σ ⟨wₛ, wₛ'⟩ Tr ∂²L/∂wₛ∂wₛ' over rows of the last layer",
+        "units of the loss",
+    ),
     "train_accuracy": Definition("Training accuracy", "share of right answers", ""),
     "test_accuracy": Definition("Test accuracy", "share of right answers", ""),
     "train_half_squared_error": Definition(

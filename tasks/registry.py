@@ -6,10 +6,18 @@ from tasks.accuracy import Accuracy
 from tasks.adaptive_sharpness import AdaptiveSharpness
 from tasks.generalization_gap import GeneralizationGap
 from tasks.measurement import Measurement
+from tasks.relative_flatness import RelativeFlatness
 from tasks.sensitivity import NormalizedMls
 from tasks.sharpness import Sharpness
 
 METRICS: dict[str, type[Measurement]] = {
     measurement.metric: measurement
-    for measurement in (NormalizedMls, AdaptiveSharpness, Accuracy, GeneralizationGap, Sharpness)
+    for measurement in (
+        NormalizedMls,
+        AdaptiveSharpness,
+        Accuracy,
+        GeneralizationGap,
+        Sharpness,
+        RelativeFlatness,
+    )
 }
