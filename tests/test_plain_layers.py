@@ -15,6 +15,13 @@ from tasks.operator_norm import operator_norm
 from tasks.plain_layers import applied_weight, is_plain
 
 
+class OtherConvForward(nn.Conv2d):
+    """A subclass whose forward is inherited and does something else all the same."""
+
+    def _conv_forward(self, input, weight, bias):
+        return super()._conv_forward(input, 2 * weight, bias)
+
+
 def replaced_forward() -> nn.Module:
     layer = nn.Linear(3, 2)
     layer.forward = lambda input: nn.functional.linear(input, 2 * layer.weight)
@@ -27,6 +34,7 @@ def replaced_forward() -> nn.Module:
         StdConv2d(4, 4, 3),
         ScaledStdConv2d(4, 4, 3),
         Conv2dSame(4, 4, 3),
+        OtherConvForward(4, 4, 3),
         replaced_forward(),
         nn.ConvTranspose2d(4, 4, 3),
         nn.LayerNorm(4),
