@@ -30,6 +30,30 @@ DEFINITIONS = {
     "adaptive_sharpness": Definition(
         "Adaptive sharpness", "(2/ρ²) E[L(θ+δ) − L(θ)], δ ~ N(0, ρ² diag θ²)", "units of the loss"
     ),
+    "adaptive_sharpness_hessian": Definition(
+        "Adaptive sharpness, ρ → 0", "Σ θₖ² ∂²L/∂θₖ²", "units of the loss"
+    ),
+    "adaptive_sharpness_gauss_newton": Definition(
+        "Adaptive sharpness, Gauss-Newton",
+        "mean over images of Σ θₖ² ‖∂f/∂θₖ‖²",
+        "units of the loss",
+    ),
+    "adaptive_sharpness_residual": Definition(
+        "Adaptive sharpness, residual",
+        "mean over images of Σ θₖ² ⟨f(x) − y, ∂²f/∂θₖ²⟩",
+        "units of the loss",
+    ),
+    "adaptive_sharpness_excess": Definition(
+        "Adaptive sharpness, excess at ρ",
+        "(2/ρ²) E[L(θ+δ) − L(θ)] − Σ θₖ² ∂²L/∂θₖ²",
+        "units of the loss",
+    ),
+    "hessian_trace": Definition("Trace of the Hessian", "Σ ∂²L/∂θₖ²", "units of the loss"),
+    "hessian_trace_residual": Definition(
+        "Trace of the Hessian, residual",
+        "mean over images of Σ ⟨f(x) − y, ∂²f/∂θₖ²⟩",
+        "units of the loss",
+    ),
     "sharpness": Definition("Sharpness", "mean over images of ‖∂f/∂θ‖²", "outputs²"),
     "sharpness_sqrt": Definition(
         "Root sharpness", "square root of the mean over images of ‖∂f/∂θ‖²", "outputs"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from tasks.accuracy import Accuracy
+from tasks.adaptive_limit import AdaptiveSharpnessLimit
 from tasks.adaptive_sharpness import AdaptiveSharpness
 from tasks.generalization_gap import GeneralizationGap
+from tasks.hessian_trace import HessianTrace
 from tasks.measurement import Measurement
 from tasks.relative_flatness import RelativeFlatness
 from tasks.sensitivity import NormalizedMls
@@ -15,6 +17,8 @@ METRICS: dict[str, type[Measurement]] = {
     for measurement in (
         NormalizedMls,
         AdaptiveSharpness,
+        AdaptiveSharpnessLimit,
+        HessianTrace,
         Accuracy,
         GeneralizationGap,
         Sharpness,
