@@ -129,7 +129,7 @@ def _strip_name(bound: str, kind: str, lines: Sequence[_Line], num_hidden: int) 
     is_theorem = any(line["is_theorem"] is True for line in lines)
     notes = ["theorem" if is_theorem else "not a theorem"]
     if num_hidden:
-        notes.append(f"{num_hidden} without place")
+        notes.append(f"{num_hidden} off the axis")
     return f"{shortened(drawable(bound_name(bound, kind)))}\n{', '.join(notes)}"
 
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import pandas as pd
 
+from pipeline.bounds_figure import bounds_figure
 from pipeline.correlate import CorrelationPair
 from pipeline.figures import scatter
+from pipeline.pair_plot import pair_plot
 from pipeline.plan import Plan
 from pipeline.reduce import Tables
 from pipeline.report import finding, write_report
@@ -19,12 +21,17 @@ from pipeline.versions import versions
 
 
 def write_outputs(run: Run, plan: Plan, tables: Tables) -> list[Path]:
-    """Draw every pair and write the report. Returns the report first, then the figures."""
+    """Draw the figures and write the report. Returns the report first, then the figures."""
     figures: list[Path] = []
     for pair in run.manifest.correlations:
         stem = run.store.path(f"figures/{_named(pair)}")
         stem.parent.mkdir(parents=True, exist_ok=True)
         figures += scatter(tables.summary, pair, tables.correlations, stem, pdf=True)
+    stem = run.store.path("figures/pair_plot")
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    if run.manifest.pair_plot:
+        figures += pair_plot(tables.summary, run.manifest.pair_plot, tables.matrix, stem, pdf=True)
+    figures += bounds_figure(tables.bounds, stem.with_name("bounds"), pdf=True)
     report = run.store.path("report.html")
     write_report(
         report,
@@ -32,6 +39,10 @@ def write_outputs(run: Run, plan: Plan, tables: Tables) -> list[Path]:
         manifest_toml=run.manifest.text,
         summary=tables.summary,
         correlations=tables.correlations,
+        pair_plot=run.manifest.pair_plot,
+        matrix=tables.matrix,
+        bounds=tables.bounds,
+        num_layer_lines=len(tables.layers),
         units=tables.units,
         failures=tables.failures,
         checks=_checks(plan, tables),

@@ -18,11 +18,16 @@ from typing import Any, NamedTuple
 import jinja2
 import pandas as pd
 
+from pipeline.bounds_figure import bound_name
+from pipeline.bounds_summary import bounds_headline, num_violated, summarize_bounds
 from pipeline.correlate import CorrelationPair
 from pipeline.labels import coefficient, correlation_text, counted, definition, number
+from pipeline.matrix import PairPlot
+from pipeline.matrix_view import matrix_view
 from pipeline.plot import HEIGHT, LEFT, WIDTH, Plot, scatter_plot
 from pipeline.twins import compare_twins
 
+_OWN_PLACE = ("pair_plot.svg", "bounds.svg")
 _Records = Sequence[Mapping[Hashable, Any]]
 
 
@@ -42,6 +47,10 @@ def write_report(
     manifest_toml: str,
     summary: pd.DataFrame,
     correlations: pd.DataFrame,
+    pair_plot: PairPlot | None,
+    matrix: pd.DataFrame,
+    bounds: pd.DataFrame,
+    num_layer_lines: int,
     units: pd.DataFrame,
     failures: pd.DataFrame,
     checks: pd.DataFrame,
@@ -56,12 +65,17 @@ def write_report(
         manifest_toml: The manifest as text.
         summary: One row per (checkpoint, series), planned ones included.
         correlations: The table of ``correlation_table`` for this summary.
+        pair_plot: The manifest's, or None.
+        matrix: The table of ``matrix_table`` for both.
+        bounds: The ``bounds`` table; may be empty.
+        num_layer_lines: Lines of the ``layers`` table, which the report only mentions.
         units: One row per unit (``metric``, ``label``, ``status``, ``seconds``, ``num_rows``,
             ``peak_bytes``, ``device``, ``host``); may be empty.
         failures: Failed units (``checkpoint``, ``metric``, ``failure_type``, ``failure_message``,
             ``failure_hint``, ``failure_traceback``, ...); may be empty.
         checks: Further checks, shown as they are, such as (check, result); may be empty.
-        figures: Figure files; SVG are embedded for printing, others are left out.
+        figures: Figure files; SVG are embedded, others are left out. ``pair_plot.svg`` and
+            ``bounds.svg`` go into their sections, the rest to the figures for print.
         provenance: Versions, weights identities, machine; nested mappings and lists are fine.
 
     Returns:
@@ -69,6 +83,7 @@ def write_report(
     """
     records = summary.assign(family=summary["family"].fillna("")).to_dict("records")
     lacking = [row for row in records if not math.isfinite(row["value"])]
+    embedded = {f.name: _embedded(f) for f in figures if f.suffix == ".svg"}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -82,6 +97,11 @@ def write_report(
         panels=_panels(summary, correlations),
         counts=_counts(records, lacking),
         correlations=_correlation_rows(correlations),
+        matrix=matrix_view(summary, pair_plot, matrix) if pair_plot else [],
+        bounds=_bound_rows(bounds),
+        bounds_sentence=bounds_headline(bounds),
+        num_violated=num_violated(bounds),
+        num_layer_lines=num_layer_lines,
         definitions=_definitions(records),
         summary=records,
         twins=compare_twins(summary).to_dict("records"),
@@ -90,7 +110,9 @@ def write_report(
         units=_unit_groups(units.to_dict("records")),
         forward_equivalents=math.fsum(row["forward_equivalents"] for row in records),
         checks=checks,
-        figures=[_embedded(f) for f in figures if f.suffix == ".svg"],
+        figures=[value for value in embedded.values() if value[0] not in _OWN_PLACE],
+        matrix_figure=embedded.get("pair_plot.svg"),
+        bounds_figure=embedded.get("bounds.svg"),
         manifest_toml=manifest_toml,
         provenance={key: _plain(value) for key, value in provenance.items()},
         width=WIDTH,
@@ -149,6 +171,18 @@ def _correlation_rows(correlations: pd.DataFrame) -> list[dict[Any, Any]]:
             scale = row[f"transform_{axis}"]
             row[axis] = row[axis] if scale == "identity" else f"{scale} {row[axis]}"
     return rows
+
+
+def _bound_rows(bounds: pd.DataFrame) -> list[dict[Any, Any]]:
+    """The summary of the bounds with each one's name and what its form is."""
+    rows = summarize_bounds(bounds).to_dict("records")
+    return [
+        row | {
+            "name": bound_name(row["bound"], row["kind"]),
+            "form": "theorem" if row["is_theorem"] else "not a theorem",
+        }
+        for row in rows
+    ]  # fmt: skip
 
 
 def _definitions(records: _Records) -> list[tuple[str, str, str]]:
