@@ -69,6 +69,18 @@ DEFINITIONS = {
     "layer_sharpness": Definition(
         "Layer's sharpness", "mean over images of ‖∂f/∂W‖²", "outputs² per weight²"
     ),
+    "local_dimensionality": Definition(
+        "Local dimensionality", "mean over images of (Σ σₖ²)² / Σ σₖ⁴, σₖ of ∂f/∂x", ""
+    ),
+    "jacobian_norm_squared": Definition(
+        "Squared Frobenius norm", "mean over images of ‖∂f/∂x‖²", "(outputs per input)²"
+    ),
+    "input_invariant_mls": Definition(
+        "Input-invariant MLS", "mean over images of Σ xₚ² ‖∂f/∂xₚ‖²", "outputs²"
+    ),
+    "input_invariant_mls_jvp_x": Definition(
+        "Input-invariant MLS, published code", "mean over images of ‖(∂f/∂x) x‖² / dim x", "outputs²"
+    ),
     "accuracy": Definition("Accuracy", "share of images whose largest logit is the label's", ""),
     "loss": Definition("Loss", "mean over images of ½‖f(x) − y‖²", "outputs²"),
     "cross_entropy": Definition(

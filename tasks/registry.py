@@ -7,6 +7,8 @@ from tasks.adaptive_limit import AdaptiveSharpnessLimit
 from tasks.adaptive_sharpness import AdaptiveSharpness
 from tasks.generalization_gap import GeneralizationGap
 from tasks.hessian_trace import HessianTrace
+from tasks.input_invariant_mls import InputInvariantMls
+from tasks.local_dimensionality import LocalDimensionality
 from tasks.measurement import Measurement
 from tasks.relative_flatness import RelativeFlatness
 from tasks.sensitivity import NormalizedMls
@@ -23,5 +25,7 @@ METRICS: dict[str, type[Measurement]] = {
         GeneralizationGap,
         Sharpness,
         RelativeFlatness,
+        LocalDimensionality,
+        InputInvariantMls,
     )
 }
