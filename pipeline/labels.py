@@ -27,6 +27,29 @@ DEFINITIONS = {
         "Normalized MLS", "mean over images of ‖x‖² σ₁(∂f/∂x)²", "outputs²"
     ),
     "mls": Definition("MLS", "mean over images of σ₁(∂f/∂x)", "outputs per input"),
+    "nmls": Definition(
+        "NMLS", "sum over layers of the mean over images of σ₁(∂f/∂xₗ)", "outputs per input"
+    ),
+    "layer_mls": Definition(
+        "Layer's MLS", "mean over images of σ₁(∂f/∂xₗ)", "outputs per input of the layer"
+    ),
+    "log_lvr": Definition(
+        "Log local volumetric ratio", "log of the mean over images of Π σₖ(∂f/∂x)", ""
+    ),
+    "log_nvr": Definition(
+        "Log network volumetric ratio",
+        "log of the sum over layers of the mean over images of Π σₖ(∂f/∂xₗ)",
+        "",
+    ),
+    "mean_log_volume": Definition("Mean log volume", "mean over images of Σ log σₖ(∂f/∂x)", ""),
+    "log_volume_top3": Definition(
+        "Log volume of the top 3", "mean over images of Σ log σₖ(∂f/∂x), k ≤ 3", ""
+    ),
+    "jacobian_rank": Definition("Rank of the Jacobian", "mean over images of rank ∂f/∂x", ""),
+    "layer_log_volume": Definition(
+        "Layer's log volume", "log of the mean over images of Π σₖ(∂f/∂xₗ)", ""
+    ),
+    "layer_rank": Definition("Layer's rank", "mean over images of rank ∂f/∂xₗ", ""),
     "adaptive_sharpness": Definition(
         "Adaptive sharpness", "(2/ρ²) E[L(θ+δ) − L(θ)], δ ~ N(0, ρ² diag θ²)", "units of the loss"
     ),
@@ -79,7 +102,9 @@ DEFINITIONS = {
         "Input-invariant MLS", "mean over images of Σ xₚ² ‖∂f/∂xₚ‖²", "outputs²"
     ),
     "input_invariant_mls_jvp_x": Definition(
-        "Input-invariant MLS, published code", "mean over images of ‖(∂f/∂x) x‖² / dim x", "outputs²"
+        "Input-invariant MLS, published code",
+        "mean over images of ‖(∂f/∂x) x‖² / dim x",
+        "outputs²",
     ),
     "accuracy": Definition("Accuracy", "share of images whose largest logit is the label's", ""),
     "loss": Definition("Loss", "mean over images of ½‖f(x) − y‖²", "outputs²"),
