@@ -106,6 +106,17 @@ DEFINITIONS = {
         "mean over images of ‖(∂f/∂x) x‖² / dim x",
         "outputs²",
     ),
+    "mls_bound": Definition(
+        "Bound of MLS", "right side of Eq. 11: ‖W₁‖ (mean 1/‖x‖²)^½ S^½", "outputs per input"
+    ),
+    "nmls_bound": Definition(
+        "Bound of NMLS",
+        "right side of Eq. 12: (mean of the sum over layers of ‖W‖²/‖x‖²)^½ S^½",
+        "outputs per input",
+    ),
+    "dead_inputs": Definition(
+        "Dead inputs", "pairs of layer and image in which the layer's input is zero", ""
+    ),
     "accuracy": Definition("Accuracy", "share of images whose largest logit is the label's", ""),
     "loss": Definition("Loss", "mean over images of ½‖f(x) − y‖²", "outputs²"),
     "cross_entropy": Definition(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tasks.accuracy import Accuracy
 from tasks.adaptive_limit import AdaptiveSharpnessLimit
 from tasks.adaptive_sharpness import AdaptiveSharpness
+from tasks.bounds import Bounds
 from tasks.generalization_gap import GeneralizationGap
 from tasks.hessian_trace import HessianTrace
 from tasks.input_invariant_mls import InputInvariantMls
@@ -31,5 +32,6 @@ METRICS: dict[str, type[Measurement]] = {
         RelativeFlatness,
         LocalDimensionality,
         InputInvariantMls,
+        Bounds,
     )
 }

@@ -1,0 +1,140 @@
+"""Layers whose input also feeds a skip connection: the terms of Eq. 16 and 17.
+
+For a residual branch x + h(W x), the derivative of f with respect to x is K = J + A, J through the
+skip connection and A = J_l W_l through the layer. |‖K‖_2 - ‖J‖_2| <= ‖A‖_2 (Eq. 17). The gradient
+at the activation itself, which layers and skips share, needs a forward without the zeros that tell
+layers apart; it is taken where one backward pass shows that it differs from the layer's own.
+
+Shapes: B images, N outputs, R rows.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from tasks.head import Head, output_basis
+from tasks.jacobian import forward
+from tasks.layer_graph import LayerGraph
+from tasks.measurement import Batch, Subject
+
+_ROUNDING = 1e-4  # relative difference of gradients or activations that is rounding; chosen
+
+
+def skip_sigmas(
+    subject: Subject, batch: Batch, graph: LayerGraph, head: Head | None, *, memory_gib: float
+) -> dict[str, np.ndarray]:
+    """|‖K‖_2 - ‖J‖_2| of every layer whose input also goes elsewhere.
+
+    Args:
+        subject: The network.
+        batch: Images.
+        graph: Of the same images.
+        head: The network's linear head, if it has one.
+        memory_gib: Rows held at once, in GiB; more layers take more passes.
+
+    Returns:
+        By layer name, (B,) float64. Empty for networks without such layers, as pre-norm
+        transformers, whose branches read a normalised copy.
+    """
+    with torch.enable_grad():
+        logits, activations = _activations(subject.model, batch.inputs, graph)
+    basis = output_basis(graph.slope, head)
+    probe = _both(graph, logits, activations, basis.sum(0))
+    shared = [k for k, (total, path) in probe.items() if _differ(total, path)]
+    found: dict[str, np.ndarray] = {}
+    for group in _groups(shared, activations, len(basis), int(memory_gib * 2**30)):
+        chosen = {k: activations[k] for k in group}
+        rows = [_both(graph, logits, chosen, cotangent) for cotangent in basis]
+        for k in group:
+            totals = torch.stack([row[k][0] for row in rows], 1)
+            skips = totals - torch.stack([row[k][1] for row in rows], 1)
+            sigmas = [torch.linalg.matrix_norm(m, 2) for m in (totals, skips)]
+            found[graph.layers[k].name] = (sigmas[0] - sigmas[1]).abs().cpu().numpy()
+    return found
+
+
+def _both(
+    graph: LayerGraph, logits: torch.Tensor, activations: dict[int, torch.Tensor], u: torch.Tensor
+) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """Gradient at each activation, and its part through the layer: (B, D) float64 each."""
+    if not activations:
+        return {}
+    weighted = graph.slope * u
+    largest = weighted.abs().amax(1, keepdim=True)
+    scale = torch.where(largest > 0, largest, 1.0)
+    totals = torch.autograd.grad(
+        logits,
+        list(activations.values()),
+        (weighted / scale).to(logits.dtype),
+        retain_graph=True,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    pulled = graph.pull(u[None], inputs=list(activations))
+    return {
+        k: (
+            total.reshape(len(u), -1).double() * scale,
+            pulled.inputs[k][0].flatten(1).double() * pulled.scale[0, :, None],
+        )
+        for k, total in zip(activations, totals, strict=True)
+    }
+
+
+def _differ(total: torch.Tensor, path: torch.Tensor) -> bool:
+    return bool((total - path).norm() > _ROUNDING * (total.norm() + path.norm()))
+
+
+def _groups(
+    layers: list[int], activations: dict[int, torch.Tensor], num_rows: int, num_bytes: int
+) -> list[list[int]]:
+    """Layers whose rows, both kinds in float64, are held together; at least one."""
+    groups: list[list[int]] = []
+    free = 0
+    for k in layers:
+        needed = 2 * 8 * num_rows * activations[k].numel()
+        if not groups or needed > free:
+            groups.append([])
+            free = num_bytes
+        groups[-1].append(k)
+        free -= needed
+    return groups
+
+
+def _activations(
+    model: nn.Module, images: torch.Tensor, graph: LayerGraph
+) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    """Logits and the layers' inputs as the network made them, where images lead their batch."""
+    index: dict[tuple[nn.Module, int], int] = {
+        (layer.module, layer.call): k for k, layer in enumerate(graph.layers)
+    }
+    calls: Counter[nn.Module] = Counter()
+    found: dict[int, torch.Tensor] = {}
+    versions: dict[int, int] = {}
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        calls[module] += 1
+        k = index.get((module, calls[module]))
+        # Windows that a network keeps in another order than image by image are left out.
+        if k is not None and args[0].requires_grad and _equal(args[0], graph.inputs[k]):
+            found[k], versions[k] = args[0], args[0]._version
+
+    handles = [layer.module.register_forward_pre_hook(before) for layer in graph.layers]
+    try:
+        logits = forward(model, images.detach().clone().requires_grad_().clone())
+    finally:
+        for handle in handles:
+            handle.remove()
+    # Overwritten in place since, an activation stands for what came after.
+    return logits, {k: a for k, a in found.items() if a._version == versions[k]}
+
+
+def _equal(activation: torch.Tensor, expected: torch.Tensor) -> bool:
+    if activation.numel() != expected.numel():
+        return False
+    difference = activation.detach().reshape(expected.shape) - expected
+    return bool(difference.norm() <= _ROUNDING * expected.norm())
