@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+
 from tasks.bound_forms import Array, Form, Network, forms_of
 from tasks.log_mean import log_sum
 from tasks.measurement import Check
