@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 from benchmarks import __main__ as program
-from benchmarks import bench_adaptive_sharpness, bench_engine, bench_mls, goals, networks
+from benchmarks import (
+    bench_adaptive_sharpness,
+    bench_engine,
+    bench_jacobian,
+    bench_mls,
+    goals,
+    networks,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -44,6 +51,20 @@ def test_sensitivity_benchmark_compares_every_method_with_the_truth(checkpoint, 
     assert all(row["forward_equivalents"] > 0 for row in rows)
     check_goals(goals.sensitivity_goals(rows), 6)
     assert bench_mls.table(rows).row_count == len(rows)
+
+
+def test_jacobian_benchmark_compares_probes_with_all_rows(monkeypatch):
+    for name, value in {
+        "IMAGE_SIZE": 32, "NUM_OUTPUTS": 100, "NUM_IMAGES": 2, "TRAINING_STEPS": 2,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(bench_jacobian, name, value)
+    rows = bench_jacobian.run()
+    check(rows)
+    for row in rows:
+        assert row["max_error"] < (0.1 if row["probes"] else 1e-3)
+        assert row["stated_max"] <= 0.02 * 2**0.5
+    check_goals(goals.jacobian_goals(rows), 2)
+    assert bench_jacobian.table(rows).row_count == len(rows)
 
 
 def test_sharpness_benchmark_answers_both_questions_at_every_rho(checkpoint, monkeypatch):

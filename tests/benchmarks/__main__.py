@@ -33,9 +33,9 @@ from rich.table import Table
 from pipeline.run import open_run
 from pipeline.versions import versions
 
-from . import bench_adaptive_sharpness, bench_engine, bench_mls, goals, networks
+from . import bench_adaptive_sharpness, bench_engine, bench_jacobian, bench_mls, goals, networks
 
-NAMES = ("mls", "adaptive_sharpness", "engine")
+NAMES = ("mls", "jacobian", "adaptive_sharpness", "engine")
 
 
 def main() -> None:
@@ -82,6 +82,7 @@ def _measure(
     found: list[goals.Goal] = []
     for name, run, table, judge in (
         ("mls", lambda: bench_mls.run(paths, dataset), bench_mls.table, goals.sensitivity_goals),
+        ("jacobian", bench_jacobian.run, bench_jacobian.table, goals.jacobian_goals),
         (
             "adaptive_sharpness",
             lambda: bench_adaptive_sharpness.run(paths, dataset),

@@ -73,6 +73,24 @@ def sensitivity_goals(rows: Rows) -> list[Goal]:
     return goals
 
 
+def jacobian_goals(rows: Rows) -> list[Goal]:
+    """Probes against all rows of Jacobians of 1000 outputs."""
+    goals = []
+    for method, words in (
+        ("probes, 2 % of the mean", "norm and dimensionality to 2 % of the mean over 4 images"),
+        ("probes, 2 % per image", "norm and dimensionality to 2 % per image"),
+    ):
+        found = [row for row in rows if row["method"] == method]
+        stated = _range([row["stated_mean" if "mean" in method else "stated_max"] for row in found])
+        error = f"stated error {stated}, probes {_range([row['probes'] for row in found], '.0f')}"
+        error += f", observed error of the mean {_range([row['mean_error'] for row in found])}"
+        goals.append(
+            Goal("jacobian", f"{words}, times less time than all rows", ">=", 10.0,
+                 tuple(row["speedup"] for row in found), error, "×")
+        )  # fmt: skip
+    return goals
+
+
 def sharpness_goals(rows: Rows) -> list[Goal]:
     """Against 100 images with 50 one-sided draws each, at the same standard error."""
     goals = []
