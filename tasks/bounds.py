@@ -25,7 +25,7 @@ from tasks.block import Block
 from tasks.bound_forms import Network
 from tasks.bound_terms import WHOLE, Terms, bound_terms
 from tasks.inequalities import evaluate, mls_bound, nmls_bound
-from tasks.layer_rows import GRAPH_COST, ROW_COST, network_layers
+from tasks.layer_rows import GRAPH_COST, ROW_COST, memory_text, network_layers
 from tasks.layers import Layer
 from tasks.linearised import linearised
 from tasks.matrix_normalized import layer_operator_norm
@@ -135,7 +135,7 @@ class Bounds(Measurement):
         largest = max((layer.input_size for layer in network.layers), default=0)
         return (
             f"3 sets of {rows} exact rows through {len(network.layers)} layers, "
-            f"{4 * rows * largest / 2**30:.2g} GiB for the largest (float32)"
+            f"the largest take {memory_text(rows, largest)}"
         )
 
 

@@ -38,7 +38,15 @@ from tasks.jacobian_moments import (
     predicted_cost,
     probed_status,
 )
-from tasks.layer_rows import GRAPH_COST, IMAGE, ROW_COST, num_rows, plan_rows, reduce_rows
+from tasks.layer_rows import (
+    GRAPH_COST,
+    IMAGE,
+    ROW_COST,
+    memory_text,
+    num_rows,
+    plan_rows,
+    reduce_rows,
+)
 from tasks.measurement import Batch, Columns, Estimate, Measurement, Row, Status, Subject
 from tasks.outline import Outline
 from tasks.self_test import self_test
@@ -73,8 +81,8 @@ class InputInvariantMls(Measurement):
 
     @property
     def alignment(self) -> int:
-        """As for ``normalized_mls``: units of 32 cut no batch of 1, 2, 4 ... 32."""
-        return 32
+        """Any: a unit boundary that cuts a batch changes rounding only."""
+        return 1
 
     def stages(self, num_samples: int, available: int) -> list[Block]:
         """One stage: every image stops by its own error, so rows need no further stages."""
@@ -118,9 +126,9 @@ class InputInvariantMls(Measurement):
         """The method that ``auto`` takes, and the memory of one image."""
         exact = self._resolved(network.jacobian_rows) == "exact"
         count = network.jacobian_rows if exact else self.max_draws
-        size = 4 * count * int(np.prod(network.data_config["input_size"])) / 2**30
+        size = int(np.prod(network.data_config["input_size"]))
         what = "exact rows" if exact else "probes at most"
-        return f"{count} {what}, {size:.2g} GiB per image (float32)"
+        return f"{count} {what}, {memory_text(count, size)} per image"
 
     def _resolved(self, rows: int) -> str:
         """``exact`` or ``hutchinson``: a function of the settings and the network's sizes alone."""

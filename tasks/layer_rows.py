@@ -146,6 +146,14 @@ def checked_graph(subject: Subject, batch: Batch, *, parameters: bool = False) -
     return graph
 
 
+def memory_text(num_rows: int, size: int) -> str:
+    """What ``num_rows`` float32 rows of ``size`` numbers take, as people read it."""
+    mib = 4 * num_rows * size / 2**20
+    if mib < 1:
+        return "less than 1 MiB (float32)"
+    return f"{mib:.0f} MiB (float32)" if mib < 1000 else f"{mib / 2**10:.1f} GiB (float32)"
+
+
 def num_rows(subject: Subject, batch: Batch) -> int:
     """R: the outputs, or the features of a linear head if fewer."""
     head, num_outputs = subject_head(subject, batch.inputs), batch.targets.shape[1]

@@ -29,7 +29,14 @@ from tasks.batches import aligned_batches
 from tasks.block import Block
 from tasks.lanczos import lanczos
 from tasks.layer_graph import LayerGraph
-from tasks.layer_rows import GRAPH_COST, ROW_COST, checked_graph, network_layers, num_rows
+from tasks.layer_rows import (
+    GRAPH_COST,
+    ROW_COST,
+    checked_graph,
+    memory_text,
+    network_layers,
+    num_rows,
+)
 from tasks.measurement import Batch, Columns, Estimate, Measurement, Row, Status, Subject
 from tasks.outline import Outline
 from tasks.random import generator
@@ -76,8 +83,8 @@ class Nmls(Measurement):
 
     @property
     def alignment(self) -> int:
-        """As for ``normalized_mls``: units of 32 cut no batch of 1, 2, 4 ... 32."""
-        return 32
+        """Any: a unit boundary that cuts a batch changes rounding only."""
+        return 1
 
     def stages(self, num_samples: int, available: int) -> list[Block]:
         """One stage: every sample once, there are no weight draws."""
@@ -128,7 +135,7 @@ class Nmls(Measurement):
             return f"Lanczos on {len(sizes)} layers"
         return (
             f"{rows} exact rows through {len(sizes)} layers, "
-            f"{4 * rows * max(sizes) / 2**30:.2g} GiB for the largest (float32)"
+            f"the largest take {memory_text(rows, max(sizes))}"
         )
 
     def _chosen(self, subject: Subject, batch: Batch) -> str:

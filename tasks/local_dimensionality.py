@@ -33,7 +33,7 @@ from tasks.jacobian_moments import (
     predicted_cost,
     probed_status,
 )
-from tasks.layer_rows import GRAPH_COST, IMAGE, ROW_COST, num_rows
+from tasks.layer_rows import GRAPH_COST, IMAGE, ROW_COST, memory_text, num_rows
 from tasks.measurement import Batch, Columns, Estimate, Measurement, Row, Status, Subject
 from tasks.outline import Outline
 from tasks.self_test import self_test
@@ -69,8 +69,8 @@ class LocalDimensionality(Measurement):
 
     @property
     def alignment(self) -> int:
-        """As for ``normalized_mls``: units of 32 cut no batch of 1, 2, 4 ... 32."""
-        return 32
+        """Any: a unit boundary that cuts a batch changes rounding only."""
+        return 1
 
     def stages(self, num_samples: int, available: int) -> list[Block]:
         """One stage: every image stops by its own error, so rows need no further stages."""
@@ -114,9 +114,9 @@ class LocalDimensionality(Measurement):
         """The method that ``auto`` takes, and the memory of one image."""
         dense = self._resolved(network.jacobian_rows) == "dense"
         count = network.jacobian_rows if dense else self.max_draws
-        size = 4 * count * int(np.prod(network.data_config["input_size"])) / 2**30
+        size = int(np.prod(network.data_config["input_size"]))
         what = "exact rows" if dense else "probes at most"
-        return f"{count} {what}, {size:.2g} GiB per image (float32)"
+        return f"{count} {what}, {memory_text(count, size)} per image"
 
     def _resolved(self, rows: int) -> str:
         """``dense`` or ``probes``: a function of the settings and the network's sizes alone."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -26,6 +26,7 @@ import pydantic
 import torch
 
 from tasks.adversarial import NUM_STEPS, adversarial_ratios
+from tasks.batches import aligned_batches
 from tasks.block import Block
 from tasks.finite import require_finite
 from tasks.jacobian import dense_jacobian, forward, jacobian_batch
@@ -105,7 +106,7 @@ class NormalizedMls(Measurement):
         defect = _ALLOWANCE * self_test(subject).defect
         method = _METHODS[self.method]
         rows: list[Row] = []
-        for chunk in _aligned_batches(block.samples, subject.batch_size):
+        for chunk in aligned_batches(block.samples, subject.batch_size):
             started = time.perf_counter()
             batch = subject.batch(chunk)
             result = method(self, subject, batch, defect)
@@ -278,12 +279,3 @@ def _rows(result: _Sigmas, i: int, sample: int, norm: float, seconds: float) -> 
         )
 
     return [row("normalized_mls", norm, 2, work, seconds), row("mls", 1.0, 1, 0.0, 0.0)]
-
-
-def _aligned_batches(samples: range, size: int) -> Iterator[range]:
-    """Cut a range at multiples of the batch size, so that its ends do not move the batches."""
-    start = samples.start
-    while start < samples.stop:
-        stop = min((start // size + 1) * size, samples.stop)
-        yield range(start, stop)
-        start = stop

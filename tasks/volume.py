@@ -34,7 +34,7 @@ import pydantic
 
 from tasks.batches import aligned_batches
 from tasks.block import Block
-from tasks.layer_rows import GRAPH_COST, IMAGE, ROW_COST, network_layers
+from tasks.layer_rows import GRAPH_COST, IMAGE, ROW_COST, memory_text, network_layers
 from tasks.log_mean import log_mean, log_sum
 from tasks.measurement import Columns, Estimate, Measurement, Row, Status, Subject
 from tasks.outline import Outline
@@ -73,8 +73,8 @@ class Volume(Measurement):
 
     @property
     def alignment(self) -> int:
-        """As for ``normalized_mls``: units of 32 cut no batch of 1, 2, 4 ... 32."""
-        return 32
+        """Any: a unit boundary that cuts a batch changes rounding only."""
+        return 1
 
     def stages(self, num_samples: int, available: int) -> list[Block]:
         """One stage: every sample once, there are no weight draws."""
@@ -145,10 +145,7 @@ class Volume(Measurement):
         sizes += [layer.input_size for layer in network.layers] if self.layers else []
         where = f" through {len(sizes) - 1} layers" if self.layers else ""
         rows = network.jacobian_rows
-        return (
-            f"{rows} exact rows{where}, {4 * rows * max(sizes) / 2**30:.2g} GiB for the largest "
-            "(float32)"
-        )
+        return f"{rows} exact rows{where}, the largest take {memory_text(rows, max(sizes))}"
 
     def _varies(self, rows: Columns, quantity: str) -> bool:
         """Whether volumes of different dimension would be averaged."""

@@ -222,10 +222,10 @@ def test_auto_takes_rows_where_they_are_few_and_says_which_it_takes():
     sizes = {"num_outputs": 1000, "num_parameters": 1, "forward_flops": 1}
     network_of = Outline(data_config={"input_size": (3, 224, 224)}, **sizes)
     assert LocalDimensionality().note(network_of) == (
-        "128 probes at most, 0.072 GiB per image (float32)"
+        "128 probes at most, 74 MiB (float32) per image"
     )
     dense = LocalDimensionality(method="dense")
-    assert dense.note(network_of) == "1000 exact rows, 0.56 GiB per image (float32)"
+    assert dense.note(network_of) == "1000 exact rows, 574 MiB (float32) per image"
     assert dense.forward_equivalents(network_of) > 1000
     assert LocalDimensionality().forward_equivalents(network_of) < 100
 
