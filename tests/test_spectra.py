@@ -13,6 +13,7 @@ from torch import nn
 
 from tasks.layer_rows import IMAGE, plan_rows
 from tasks.measurement import MeasurementError, Subject
+from tasks.random import generator
 from tasks.self_test import self_test
 from tasks.spectra import numerical_rank, spectra, top_singular_values
 
@@ -134,6 +135,21 @@ def test_lanczos_on_rows_is_batched_by_nothing_but_the_sample(monkeypatch):
         assert value[1] == pytest.approx(one.value[layer][0], rel=4 * self_test(of).defect)
 
 
+def test_every_image_and_map_has_a_lanczos_start_of_its_own(monkeypatch):
+    monkeypatch.setattr("tasks.spectra._GRAM_ROWS", 1)
+    keys: list[tuple[object, ...]] = []
+
+    def noted(*key: int | str) -> torch.Generator:
+        keys.append(key)
+        return generator(*key)
+
+    monkeypatch.setattr("tasks.spectra.generator", noted)
+    of = subject("mlp", torch.float32)
+    found = top_singular_values(of, of.batch(range(COUNT)), layers=True)
+    assert len(keys) == len(set(keys)) == COUNT * len(found.value)
+    assert {(key[0], key[2]) for key in keys} == {(of.seed, sample) for sample in range(COUNT)}
+
+
 def test_layernorm_in_front_of_the_head_costs_two_ranks():
     """32 features, 40 outputs: the mean is lost exactly, the radial direction up to eps."""
     of = subject("vit_wide")
@@ -150,9 +166,9 @@ def test_layernorm_in_front_of_the_head_costs_two_ranks():
 
 def test_exactly_singular_jacobians_have_their_rank_in_both_precisions():
     """Width 6 between 64 inputs and 12 outputs, no head that could hide it."""
-    generator = torch.Generator().manual_seed(0)
+    random = torch.Generator().manual_seed(0)
     sizes = ((6, 64), (12, 6), (12, 12))
-    model = linear(*(torch.randn(*s, generator=generator).double() / 10 for s in sizes))
+    model = linear(*(torch.randn(*s, generator=random).double() / 10 for s in sizes))
     model.insert(3, nn.Tanh())
     for dtype in (torch.float32, torch.float64):
         of = oracles.make_subject(model.to(dtype), images(), output="identity")
