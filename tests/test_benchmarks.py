@@ -12,6 +12,7 @@ from benchmarks import (
     bench_adaptive_sharpness,
     bench_engine,
     bench_jacobian,
+    bench_layers,
     bench_mls,
     goals,
     networks,
@@ -65,6 +66,19 @@ def test_jacobian_benchmark_compares_probes_with_all_rows(monkeypatch):
         assert row["stated_max"] <= 0.02 * 2**0.5
     check_goals(goals.jacobian_goals(rows), 2)
     assert bench_jacobian.table(rows).row_count == len(rows)
+
+
+def test_layer_benchmark_compares_rows_and_their_singular_values(monkeypatch):
+    for name, value in {
+        "IMAGE_SIZE": 32, "NUM_OUTPUTS": 250, "NUM_COTANGENTS": 16, "REPEATS": 1,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(bench_layers, name, value)
+    rows = bench_layers.run()
+    check(rows)
+    assert [row["rows"] for row in rows] == [250, 192, 16, 16]
+    assert all(row["error"] < 1e-5 for row in rows)
+    check_goals(goals.layer_goals(rows), 2)
+    assert bench_layers.table(rows).row_count == len(rows)
 
 
 def test_sharpness_benchmark_answers_both_questions_at_every_rho(checkpoint, monkeypatch):

@@ -33,9 +33,17 @@ from rich.table import Table
 from pipeline.run import open_run
 from pipeline.versions import versions
 
-from . import bench_adaptive_sharpness, bench_engine, bench_jacobian, bench_mls, goals, networks
+from . import (
+    bench_adaptive_sharpness,
+    bench_engine,
+    bench_jacobian,
+    bench_layers,
+    bench_mls,
+    goals,
+    networks,
+)
 
-NAMES = ("mls", "jacobian", "adaptive_sharpness", "engine")
+NAMES = ("mls", "jacobian", "layers", "adaptive_sharpness", "engine")
 
 
 def main() -> None:
@@ -83,6 +91,7 @@ def _measure(
     for name, run, table, judge in (
         ("mls", lambda: bench_mls.run(paths, dataset), bench_mls.table, goals.sensitivity_goals),
         ("jacobian", bench_jacobian.run, bench_jacobian.table, goals.jacobian_goals),
+        ("layers", bench_layers.run, bench_layers.table, goals.layer_goals),
         (
             "adaptive_sharpness",
             lambda: bench_adaptive_sharpness.run(paths, dataset),

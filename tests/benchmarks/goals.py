@@ -91,6 +91,19 @@ def jacobian_goals(rows: Rows) -> list[Goal]:
     return goals
 
 
+def layer_goals(rows: Rows) -> list[Goal]:
+    """Spectra through the head against all rows, rows of all layers against the input's."""
+    head = _one(rows, question="spectrum", way="through the head")
+    layers = _one(rows, question="rows", way="input and all layers")
+    difference = f"singular values differ by {head['error']:.1g} of the largest"
+    return [
+        Goal("layers", f"exact spectra from {head['rows']} rows through the head, times less time "
+             "than from all rows", ">=", 2.0, (head["ratio"],), difference, "×"),
+        Goal("layers", "rows of the input and of all layers, in time of the input's rows", "<=",
+             1.2, (1 / layers["ratio"],), "the same rows", "×"),
+    ]  # fmt: skip
+
+
 def sharpness_goals(rows: Rows) -> list[Goal]:
     """Against 100 images with 50 one-sided draws each, at the same standard error."""
     goals = []
