@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pipeline.bounds_summary import MISSING
+from pipeline.bounds_summary import MISSING, standing
 from pipeline.figures import (
     DPI,
     OTHER_COLOR,
@@ -127,7 +127,8 @@ def _draw_points(
 
 def _strip_name(bound: str, kind: str, lines: Sequence[_Line], num_hidden: int) -> str:
     is_theorem = any(line["is_theorem"] is True for line in lines)
-    notes = ["theorem" if is_theorem else "not a theorem"]
+    is_met = any(line["conditions_met"] is True for line in lines)
+    notes = [standing(is_theorem, is_met).replace(": ", ":\n")]
     if num_hidden:
         notes.append(f"{num_hidden} off the axis")
     return f"{shortened(drawable(bound_name(bound, kind)))}\n{', '.join(notes)}"

@@ -74,6 +74,18 @@ def bounds_headline(bounds: pd.DataFrame) -> str:
     return text + (f", {counted(len(missing), 'checkpoint')} without result" if missing else "")
 
 
+def standing(is_theorem: bool, is_met: bool) -> str:
+    """What a form of an inequality is for the networks of a run.
+
+    Args:
+        is_theorem: Whether it must hold under its conditions.
+        is_met: Whether any of its checks meets them.
+    """
+    if not is_theorem:
+        return "not a theorem"
+    return "theorem" if is_met else "not a theorem here: conditions not met"
+
+
 def num_violated(bounds: pd.DataFrame) -> int:
     """How many checks must not be: theorems that fail although their conditions are met."""
     return sum(map(_is_violated, bounds.to_dict("records")))

@@ -126,8 +126,8 @@ DEFINITIONS = {
         "Generalization gap", "training minus test accuracy", "percentage points"
     ),
     "relative_flatness": Definition(
-        "Relative flatness (large is sharp)",
-        "Σ ⟨wₛ, wₛ'⟩ Tr ∂²L/∂wₛ∂wₛ' over rows of the last layer",
+        "Relative flatness",
+        "large is sharp: Σ ⟨wₛ, wₛ'⟩ Tr ∂²L/∂wₛ∂wₛ' over rows of the last layer",
         "units of the loss",
     ),
     "train_accuracy": Definition("Training accuracy", "share of right answers", ""),

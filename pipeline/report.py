@@ -19,7 +19,7 @@ import jinja2
 import pandas as pd
 
 from pipeline.bounds_figure import bound_name
-from pipeline.bounds_summary import bounds_headline, num_violated, summarize_bounds
+from pipeline.bounds_summary import bounds_headline, num_violated, standing, summarize_bounds
 from pipeline.correlate import CorrelationPair
 from pipeline.labels import coefficient, correlation_text, counted, definition, number
 from pipeline.matrix import PairPlot
@@ -179,7 +179,9 @@ def _bound_rows(bounds: pd.DataFrame) -> list[dict[Any, Any]]:
     return [
         row | {
             "name": bound_name(row["bound"], row["kind"]),
-            "form": "theorem" if row["is_theorem"] else "not a theorem",
+            "form": standing(
+                row["is_theorem"], row["num_conditions_unmet"] < row["num_checks"]
+            ),
         }
         for row in rows
     ]  # fmt: skip

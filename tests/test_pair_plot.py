@@ -167,6 +167,10 @@ def test_bounds_are_counted_and_a_failing_theorem_is_loud(tmp_path):
     assert "(11) printed not a theorem 2 1 2 0 2 0 0 −0.5 −0.5" in text
     assert "cannot" not in text
     assert html.count("data:image/svg+xml") == 1
+    unmet = pd.DataFrame(
+        [check(c, "no", kind="printed", is_theorem=True, conditions_met=False) for c in "ab"]
+    )
+    assert "theorem here: conditions not met" in Page(report(SUMMARY, bounds=unmet)).text
     broken = pd.DataFrame([*good, check("d", "no", kind="untied", is_theorem=True)])
     assert "1 check fails that cannot: a theorem" in Page(report(SUMMARY, bounds=broken)).text
     assert bounds_figure(pd.DataFrame([missing("z")]), tmp_path / "none") == []
