@@ -111,6 +111,15 @@ def test_intervals_of_the_stated_error_cover(name):
         assert np.mean(np.abs(values - exact) <= 1.96 * stated) > 0.87
 
 
+def test_stopping_at_the_target_does_not_bias_downwards():
+    """Stopping at the first look that meets 5 % would: by 1 %, six standard errors here."""
+    eigenvalues = 0.7 ** torch.arange(SIZE, dtype=torch.float64)
+    found = moments(with_spectrum(eigenvalues, 400), target=0.05)
+    assert len(set(found.num_probes.tolist())) > 1  # it did stop by the error
+    for values, exact in zip((found.trace, found.ratio), truth(eigenvalues), strict=True):
+        assert abs(values.mean() - exact) < 4 * values.std(ddof=1) / 400**0.5
+
+
 def test_deflation_saves_what_plain_probes_would_need():
     """Plain probes: relative variance 2 / (m D) for the trace, D = 9, so 555 probes to 2 %."""
     eigenvalues = SPECTRA["falling"](torch.arange(SIZE, dtype=torch.float64))
