@@ -45,6 +45,8 @@ from tasks.positions import input_positions, output_positions
 from tasks.skips import skip_sigmas
 from tasks.spectra import Spectra, numerical_rank, spectra
 
+_GRADIENT_NUMBERS = 2**24  # of the first layer's weight, held at once; chosen
+
 WHOLE = ""
 """Key of the terms of the whole network among those of layers."""
 
@@ -180,7 +182,9 @@ def _input_invariant(
     squares = weight.square().reshape(p.shape[1], -1, p.shape[-1])
     invariant = x.new_zeros(len(x), dtype=torch.float64)
     adaptive, outputs = torch.zeros_like(invariant), None
-    for chunk in output_basis(graph.slope, head).split(rows_at_once(graph)):
+    # The weight's gradients are formed: as many numbers per row and image as the weight has.
+    fitting = max(1, _GRADIENT_NUMBERS // (len(x) * weight.numel()))
+    for chunk in output_basis(graph.slope, head).split(min(rows_at_once(graph), fitting)):
         found = graph.pull(chunk, inputs=[first], outputs=[first])
         scale = found.scale[..., None]
         rows = (found.inputs[first].double() * x.double()).flatten(2) * scale
