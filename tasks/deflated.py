@@ -15,7 +15,10 @@ the random error with them. Plain sampling (k = 0) has relative variances of 2 /
 8 Tr C^4 / (m (Tr C^2)^2) for Tr C^2, D = (Tr C)^2 / Tr C^2: 1 % would take thousands of products.
 The idea is that of Hutch++ (Meyer, Musco, Musco, Woodruff, SOSA 2021).
 
-Each round adds steps and probes, until the errors met the target at two looks in a row.
+Each round adds steps and probes, until the errors met the target at two looks in a row. Stopping by
+the error leaves a bias: below 0.1 % at a target of 2 %, below 0.25 % at 10 %, and intervals of 1.96
+standard errors cover 88 to 95 % (measured on geometric and harmonic spectra, 800 repeats each).
+Geometric spectra are the lower end: what is left there is one or two directions, far from normal.
 
 The ratio D of the two is biased of order 1 / m. It is corrected, and its standard error estimated,
 by the jackknife over the u_a, whose variance is too large rather than too small (Efron and Stein,
