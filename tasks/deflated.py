@@ -16,7 +16,7 @@ the random error with them. Plain sampling (k = 0) has relative variances of 2 /
 The idea is that of Hutch++ (Meyer, Musco, Musco, Woodruff, SOSA 2021).
 
 Each round adds steps and probes, until the errors met the target at two looks in a row. Stopping by
-the error leaves a bias: below 0.1 % at a target of 2 %, below 0.25 % at 10 %, and intervals of 1.96
+the error leaves a bias: up to 0.1 % at a target of 2 %, up to 0.25 % at 10 %, and intervals of 1.96
 standard errors cover 88 to 95 % (measured on geometric and harmonic spectra, 800 repeats each).
 Geometric spectra are the lower end: what is left there is one or two directions, far from normal.
 
