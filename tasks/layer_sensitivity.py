@@ -42,7 +42,7 @@ from tasks.outline import Outline
 from tasks.random import generator
 from tasks.sample_mean import layer_means, sample_mean
 from tasks.self_test import self_test
-from tasks.spectra import top_singular_values
+from tasks.spectra import predicted_cost, spectra
 
 _ALLOWANCE = 4  # interval widening in units of the self-test's defect; chosen
 _TYPICAL_STEPS = 14  # trained ViTs need 11 to 13 for tolerance 1e-3 at 1e-9
@@ -64,7 +64,8 @@ class Nmls(Measurement):
             takes ``exact`` where it is cheaper by the network's sizes (number of layers against
             rows), which is nearly always.
         tolerance: Relative width of the interval of each sigma_1 (``lanczos``).
-        failure_probability: Chance, per image and layer, that the upper end is too small.
+        failure_probability: Chance, per image and layer, that the upper end is too small
+            (``lanczos``).
         max_iterations: Products per image and layer (``lanczos``); a wider interval is reported as
             not converged.
         memory_gib: Rows held at once, in GiB (``exact``). Less memory means more passes.
@@ -125,7 +126,7 @@ class Nmls(Measurement):
         sizes = [layer.input_size for layer in network.layers]
         method = self._resolved(network.jacobian_rows, sizes, network.num_outputs)
         if method == "exact":
-            return GRAPH_COST + ROW_COST * network.jacobian_rows
+            return predicted_cost(network, image=False, layers=True)
         return _lanczos_cost(len(sizes), self._steps(network.num_outputs))
 
     def note(self, network: Outline) -> str:
@@ -150,9 +151,8 @@ class Nmls(Measurement):
         if sizes and 4 * rows * max(sizes) > _AUTO_BYTES:
             return "lanczos"
         exact = GRAPH_COST + ROW_COST * rows
-        return (
-            "exact" if exact <= _lanczos_cost(len(sizes), self._steps(num_outputs)) else "lanczos"
-        )
+        certified = _lanczos_cost(len(sizes), self._steps(num_outputs))
+        return "exact" if exact <= certified else "lanczos"
 
     def _steps(self, num_outputs: int) -> int:
         return min(self.max_iterations, num_outputs, _TYPICAL_STEPS)
@@ -172,21 +172,16 @@ class _Sigmas:
 
 
 def _by_rows(settings: Nmls, subject: Subject, batch: Batch) -> _Sigmas:
-    found = top_singular_values(
-        subject,
-        batch,
-        image=False,
-        layers=True,
-        memory_gib=settings.memory_gib,
-        failure_probability=settings.failure_probability,
-    )
+    defect = _ALLOWANCE * self_test(subject).defect
+    found = spectra(subject, batch, image=False, layers=True, memory_gib=settings.memory_gib)
+    value = {name: s[:, 0] for name, s in found.singular_values.items()}
     count = len(batch.samples)
     return _Sigmas(
-        value=found.value,
-        lower=found.lower,
-        upper=found.upper,
-        converged={name: np.ones(count, dtype=bool) for name in found.value},
-        num_iterations={name: np.full(count, found.num_rows) for name in found.value},
+        value=value,
+        lower={name: sigma * max(0.0, 1 - defect) for name, sigma in value.items()},
+        upper={name: sigma * (1 + defect) for name, sigma in value.items()},
+        converged={name: np.ones(count, dtype=bool) for name in value},
+        num_iterations={name: np.full(count, found.num_rows) for name in value},
         num_probes=0,
         forward_equivalents=np.full(count, found.forward_equivalents),
     )
@@ -286,13 +281,8 @@ def _image_rows(found: _Sigmas, i: int, sample: int, seconds: float) -> list[Row
 
 
 def _constant_row(layer: str) -> Row:
-    return Row(
-        quantity="layer_mls",
-        layer=layer,
-        value=float("nan"),
-        sample=0,
-        status=Status.CONSTANT_INPUT,
-    )
+    status = Status.CONSTANT_INPUT
+    return Row(quantity="layer_mls", layer=layer, value=float("nan"), sample=0, status=status)
 
 
 def _status(value: float, converged: bool) -> Status:

@@ -3,23 +3,23 @@
 Rows (``tasks.layer_rows``) are in the network's dtype. Singular values of float32 rows come from
 their Gram matrix in float64, whose floor of 1.5e-8 sigma_1 lies under the rows' own rounding; those
 of float64 rows from a QR factorisation, because a Gram matrix would lose half of their digits.
+Where only sigma_1 is wanted this is no dearer: Lanczos on stored rows took as long for 768 of them
+and longer for 192 (one CPU thread).
 
 Shapes: B images, N outputs, R = min(N, features of the head) rows, D inputs of a layer.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from tasks.lanczos import lanczos
-from tasks.layer_rows import plan_rows, reduce_rows
+from tasks.layer_rows import GRAPH_COST, ROW_COST, plan_rows, reduce_rows
 from tasks.measurement import Batch, Subject
-from tasks.random import generator
+from tasks.outline import Outline
 from tasks.self_test import self_test
 
 _CLEAR_GAP = 10  # kept and dropped singular values one decade apart; chosen
@@ -27,7 +27,6 @@ _NOISE_FACTOR = 10  # singular values are kept above this many times the noise; 
 # Least noise of float32 rows relative to sigma_1: null directions of a LayerNorm measured 1e-7.
 _FLOAT32_NOISE = 1e-7
 _BLOCK = 2**23  # numbers that are converted to float64 at once; chosen
-_GRAM_ROWS = 64  # up to here the Gram matrix is cheaper than Lanczos on the rows; chosen
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,27 +54,6 @@ class Spectra:
     def frobenius(self, name: str) -> np.ndarray:
         """Frobenius norm of a map, (B,)."""
         return np.linalg.norm(self.singular_values[name], axis=1)
-
-
-@dataclass(frozen=True, eq=False)
-class TopValues:
-    """Largest singular value of every map of a batch, by name as in ``Spectra``.
-
-    Attributes:
-        value: (B,) float64, NaN for an image whose rows overflowed.
-        lower: (B,) bound, widened by four times the self-test's rounding defect.
-        upper: (B,) likewise.
-        num_rows: R.
-        constant: As in ``Spectra``.
-        forward_equivalents: Work per image in no-grad forwards.
-    """
-
-    value: dict[str, np.ndarray]
-    lower: dict[str, np.ndarray]
-    upper: dict[str, np.ndarray]
-    num_rows: int
-    constant: tuple[str, ...]
-    forward_equivalents: float
 
 
 def spectra(
@@ -119,45 +97,14 @@ def spectra(
     )
 
 
-def top_singular_values(
-    subject: Subject,
-    batch: Batch,
-    *,
-    image: bool = True,
-    layers: bool = False,
-    memory_gib: float = 2.0,
-    failure_probability: float = 1e-9,
-) -> TopValues:
-    """Largest singular values alone: cheaper than the whole spectrum where there are many rows.
-
-    From the Gram matrix of at most 64 rows, exactly; by Lanczos on more rows, certified to the
-    rounding of the rows.
-
-    Args:
-        subject: The network.
-        batch: Images; memory splits them further where needed.
-        image: Whether to take the Jacobian with respect to the images.
-        layers: Whether to take those with respect to every layer's input.
-        memory_gib: Rows held at once, in GiB. Each backward pass and the graph come on top.
-        failure_probability: Chance, per image and map, that Lanczos' upper bound is too small.
-
-    Raises:
-        MeasurementError: As ``spectra``.
-    """
-    defect = 4 * self_test(subject).defect
-    plan = plan_rows(subject, batch, image=image, layers=layers, memory_gib=memory_gib)
-    reduce = functools.partial(
-        _top, seed=subject.seed, tolerance=defect, failure_probability=failure_probability
-    )
-    found = reduce_rows(subject, batch, plan, reduce)
-    return TopValues(
-        value={name: found[name][:, 0] for name in plan.sizes},
-        lower={name: found[name][:, 0] * max(0.0, 1 - defect) for name in plan.sizes},
-        upper={name: found[name][:, 1] * (1 + defect) for name in plan.sizes},
-        num_rows=plan.num_rows,
-        constant=plan.constant,
-        forward_equivalents=plan.forward_equivalents,
-    )
+def predicted_cost(network: Outline, *, image: bool = True, layers: bool = False) -> float:
+    """No-grad forwards that the spectra of one image take, with all rows in memory at once."""
+    sizes = [math.prod(network.data_config["input_size"])] if image else []
+    sizes += [layer.input_size for layer in network.layers] if layers else []
+    rows = network.jacobian_rows
+    # A Gram matrix has 2 R^2 D operations, which take twice as long in float64 as a forward's.
+    algebra = 4 * rows**2 * sum(sizes) / network.forward_flops
+    return GRAPH_COST + ROW_COST * rows + algebra
 
 
 def numerical_rank(singular_values: np.ndarray, noise: float) -> tuple[np.ndarray, np.ndarray]:
@@ -219,47 +166,6 @@ def _values(rows: torch.Tensor, scale: torch.Tensor) -> np.ndarray:
         found = torch.linalg.eigvalsh(_gram(chosen, relative)).clamp(min=0).sqrt().flip(1)[:, :size]
     values[finite] = found * unit
     return values.cpu().numpy()
-
-
-def _top(
-    name: str,
-    samples: tuple[int, ...],
-    rows: torch.Tensor,
-    scale: torch.Tensor,
-    *,
-    seed: int,
-    tolerance: float,
-    failure_probability: float,
-) -> np.ndarray:
-    """Lower and upper bound of sigma_1, (B, 2), without the rounding of the rows."""
-    if rows.shape[1] <= _GRAM_ROWS or rows.dtype == torch.float64:
-        return np.repeat(_values(rows, scale)[:, :1], 2, axis=1)
-    relative, unit = _relative(scale)
-
-    def make_operator(active: np.ndarray) -> Callable[[torch.Tensor], torch.Tensor]:
-        matrix = rows if len(active) == len(rows) else rows[active]
-        factor = relative[active]
-
-        def apply(u: torch.Tensor) -> torch.Tensor:
-            pulled = (factor * u).to(rows.dtype)[:, None] @ matrix
-            largest = pulled.abs().amax(2, keepdim=True)
-            largest = torch.where(largest > 0, largest, 1.0)
-            pushed = (matrix @ (pulled / largest).mT)[:, :, 0]
-            return factor * pushed.double() * largest[:, 0].double()
-
-        return apply
-
-    size = rows.shape[1]
-    generators = [generator(seed, "top_singular_values", sample, name) for sample in samples]
-    starts = torch.stack([torch.randn(size, generator=g, dtype=torch.float64) for g in generators])
-    found = lanczos(
-        make_operator,
-        torch.nn.functional.normalize(starts, dim=1).to(rows.device),
-        tolerance=tolerance,
-        failure_probability=failure_probability,
-        max_iterations=size,
-    )
-    return np.sqrt(np.stack([found.lower, found.upper], axis=1)) * unit.cpu().numpy()
 
 
 def _gram(rows: torch.Tensor, relative: torch.Tensor) -> torch.Tensor:

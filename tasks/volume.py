@@ -34,12 +34,12 @@ import pydantic
 
 from tasks.batches import aligned_batches
 from tasks.block import Block
-from tasks.layer_rows import GRAPH_COST, IMAGE, ROW_COST, memory_text, network_layers
+from tasks.layer_rows import IMAGE, memory_text, network_layers
 from tasks.log_mean import log_mean, log_sum
 from tasks.measurement import Columns, Estimate, Measurement, Row, Status, Subject
 from tasks.outline import Outline
 from tasks.sample_mean import rows_by_layer, sample_mean
-from tasks.spectra import Spectra, numerical_rank, spectra
+from tasks.spectra import Spectra, numerical_rank, predicted_cost, spectra
 
 Mode = Literal["pseudo", "full"]
 
@@ -137,7 +137,7 @@ class Volume(Measurement):
 
     def forward_equivalents(self, network: Outline) -> float:
         """Predicted work per image, with all rows in memory at once."""
-        return GRAPH_COST + ROW_COST * network.jacobian_rows
+        return predicted_cost(network, layers=self.layers)
 
     def note(self, network: Outline) -> str:
         """How many rows, and what those of the largest map need."""

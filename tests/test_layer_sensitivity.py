@@ -19,6 +19,7 @@ from tasks.block import Block
 from tasks.layer_sensitivity import Nmls
 from tasks.measurement import Estimate, MeasurementError, Row, Status, Subject
 from tasks.outline import LayerOutline, Outline
+from tasks.random import generator
 from tasks.self_test import self_test
 
 COUNT = 4
@@ -142,6 +143,19 @@ def test_rows_do_not_depend_on_batches_or_blocks(method):
         assert (a.sample, a.layer, a.quantity) == (b.sample, b.layer, b.quantity)
         assert a.value == pytest.approx(b.value, rel=1e-12)
         assert a.num_iterations == b.num_iterations
+
+
+def test_every_image_and_layer_has_a_lanczos_start_of_its_own(monkeypatch):
+    keys: list[tuple[int | str, ...]] = []
+
+    def noted(*key: int | str) -> torch.Generator:
+        keys.append(key)
+        return generator(*key)
+
+    monkeypatch.setattr("tasks.layer_sensitivity.generator", noted)
+    Nmls(method="lanczos").measure(subject("mlp"), Block(range(COUNT)))
+    assert set(keys) == {(0, "nmls", sample, layer) for sample in range(COUNT) for layer in "135"}
+    assert len(keys) == COUNT * 3
 
 
 def test_layers_on_constant_inputs_are_named_and_left_out():
@@ -324,7 +338,7 @@ def test_rows_say_what_they_cost_and_the_prediction_is_near(method):
     of = subject("vit")
     sizes = [LayerOutline(str(name), 1, 1, 1) for name in exact("vit")]
     sizes[-1] = LayerOutline("head", 32, 10, 1)
-    predicted = Nmls(method=method).forward_equivalents(Outline({}, 10, 1, 1, tuple(sizes)))
+    predicted = Nmls(method=method).forward_equivalents(Outline({}, 10, 1, 10**9, tuple(sizes)))
     rows = Nmls(method=method).measure(of, Block(range(COUNT)))
     for row in rows:
         assert (row.forward_equivalents > 0) == (row.quantity == "nmls")

@@ -13,9 +13,7 @@ from torch import nn
 
 from tasks.layer_rows import IMAGE, plan_rows
 from tasks.measurement import MeasurementError, Subject
-from tasks.random import generator
-from tasks.self_test import self_test
-from tasks.spectra import numerical_rank, spectra, top_singular_values
+from tasks.spectra import numerical_rank, spectra
 
 COUNT = 5
 EPS = float(np.finfo(np.float64).eps)
@@ -112,44 +110,6 @@ def test_rows_that_do_not_fit_are_refused_with_the_layer_and_what_it_needs():
     assert "memory_gib" in str(e.value)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_largest_singular_values_lie_in_their_intervals(name, dtype, monkeypatch):
-    monkeypatch.setattr("tasks.spectra._GRAM_ROWS", 8)  # Lanczos on 10 and 32 rows, too
-    of = subject(name, dtype)
-    found = top_singular_values(of, of.batch(range(COUNT)), layers=True)
-    width = 8 * self_test(of).defect + 8 * self_test(of).defect  # rounding, and Lanczos' share
-    for layer, truth in exact(name).items():
-        sigma = truth[:, 0]
-        assert np.all(found.lower[layer] <= sigma * (1 + 1e-14))
-        assert np.all(found.upper[layer] >= sigma * (1 - 1e-14))
-        assert np.all(found.upper[layer] - found.lower[layer] <= width * sigma * 1.01)
-
-
-def test_lanczos_on_rows_is_batched_by_nothing_but_the_sample(monkeypatch):
-    monkeypatch.setattr("tasks.spectra._GRAM_ROWS", 1)
-    of = subject("vit_wide", torch.float32)
-    both = top_singular_values(of, of.batch(range(2)), layers=True)
-    one = top_singular_values(of, of.batch((1,)), layers=True)
-    for layer, value in both.value.items():
-        assert value[1] == pytest.approx(one.value[layer][0], rel=4 * self_test(of).defect)
-
-
-def test_every_image_and_map_has_a_lanczos_start_of_its_own(monkeypatch):
-    monkeypatch.setattr("tasks.spectra._GRAM_ROWS", 1)
-    keys: list[tuple[object, ...]] = []
-
-    def noted(*key: int | str) -> torch.Generator:
-        keys.append(key)
-        return generator(*key)
-
-    monkeypatch.setattr("tasks.spectra.generator", noted)
-    of = subject("mlp", torch.float32)
-    found = top_singular_values(of, of.batch(range(COUNT)), layers=True)
-    assert len(keys) == len(set(keys)) == COUNT * len(found.value)
-    assert {(key[0], key[2]) for key in keys} == {(of.seed, sample) for sample in range(COUNT)}
-
-
 def test_layernorm_in_front_of_the_head_costs_two_ranks():
     """32 features, 40 outputs: the mean is lost exactly, the radial direction up to eps."""
     of = subject("vit_wide")
@@ -212,12 +172,10 @@ def test_rows_that_overflow_are_nan_for_their_image_only():
     model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2, bias=False), _Root()).double()
     x = torch.tensor([[1.0, 2.0], [1.0, 1.0], [0.0, 0.0]]).reshape(3, 1, 1, 2).double()
     of = oracles.make_subject(model, x, output="identity")
-    for find in (spectra, top_singular_values):
-        found = find(of, of.batch(range(3)), layers=True)
-        values = getattr(found, "singular_values", None) or found.value  # type: ignore[union-attr]
-        for value in values.values():
-            assert np.isfinite(value[:2]).all()
-            assert np.isnan(value[2]).all()
+    found = spectra(of, of.batch(range(3)), layers=True)
+    for values in found.singular_values.values():
+        assert np.isfinite(values[:2]).all()
+        assert np.isnan(values[2]).all()
 
 
 def test_networks_without_layers_have_a_spectrum_and_no_layers():
