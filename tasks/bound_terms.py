@@ -10,6 +10,7 @@ input x, its positions p_t and the gradients g_t at its outputs (``tasks.positio
     output_gradient               || d f / d z_l ||_F^2 = sum_t ||g_t||^2
     position_gradient             sum_t ||g_t||^2 ||p_t||^2
     least_position, least_gram    min_t ||p_t||; smallest eigenvalue of (<p_t, p_s>)_ts, 0 if T > d
+                                  or if it is rounding
     skip_sigma                    what the skip connection around the layer carries, see
                                   ``tasks.skips``
 
@@ -46,6 +47,10 @@ from tasks.skips import skip_sigmas
 from tasks.spectra import Spectra, numerical_rank, spectra
 
 _GRADIENT_NUMBERS = 2**24  # of the first layer's weight, held at once; chosen
+
+# Eigenvalues of Gram matrices below this share of the largest are rounding of the positions (1e-6
+# of a singular value in float32, as for ranks) or of the eigenvalues themselves; chosen.
+_DEPENDENT = {torch.float32: 1e-12, torch.float64: 1e-14}
 
 WHOLE = ""
 """Key of the terms of the whole network among those of layers."""
@@ -149,13 +154,20 @@ def _lengths(graph: LayerGraph, batch: Batch) -> dict[str, dict[str, np.ndarray]
         least_position[layer.name] = p.norm(dim=-1).flatten(1).amin(1).cpu().numpy()
         count, size = p.shape[-2:]
         least_gram[layer.name] = (
-            torch.linalg.eigvalsh(p @ p.mT)[..., 0].amin(1).clamp(min=0).cpu().numpy()
+            _least_eigenvalues(p @ p.mT, _DEPENDENT[x.dtype]).amin(1).cpu().numpy()
             if count <= size
             else np.zeros(len(p))
         )
     return {
         "input_norm": lengths, "least_position": least_position, "least_gram": least_gram,
     }  # fmt: skip
+
+
+def _least_eigenvalues(gram: torch.Tensor, rounding: float) -> torch.Tensor:
+    """Smallest eigenvalues of (..., T, T), 0 where they cannot be told from 0."""
+    values = torch.linalg.eigvalsh(gram)
+    least = values[..., 0]
+    return torch.where(least > rounding * gram.shape[-1] * values[..., -1], least, 0.0)
 
 
 def _gradients(graph: LayerGraph, norms: JacobianNorms) -> dict[str, dict[str, np.ndarray]]:

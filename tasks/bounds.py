@@ -142,11 +142,14 @@ class Bounds(Measurement):
 def network_of(rows: Columns) -> Network:
     """The terms of a checkpoint from its rows, in any order of the images."""
     found: dict[tuple[str, str], list[float]] = {}
+    samples: dict[tuple[str, str], list[int]] = {}
     order = np.argsort(np.asarray(rows["sample"]).astype(np.int64), kind="stable")
-    columns = (np.asarray(rows[name])[order].tolist() for name in ("quantity", "layer", "value"))
-    for quantity, layer, value in zip(*columns, strict=True):
+    names = ("quantity", "layer", "value", "sample")
+    columns = (np.asarray(rows[name])[order].tolist() for name in names)
+    for quantity, layer, value, sample in zip(*columns, strict=True):
         name = layer if isinstance(layer, str) else WHOLE
         found.setdefault((quantity, name), []).append(value)
+        samples.setdefault((quantity, name), []).append(sample)
     terms = {key: np.array(values, dtype=np.float64) for key, values in found.items()}
     layers = tuple(name for quantity, name in terms if quantity == "path_sigma" and name != WHOLE)
     count = len(terms["path_sigma", WHOLE])
@@ -160,6 +163,13 @@ def network_of(rows: Columns) -> Network:
 
     def of_weights(quantity: str) -> np.ndarray:
         return np.array([terms.get((quantity, name), np.full(1, np.nan))[0] for name in layers])
+
+    def skip(name: str) -> np.ndarray:
+        """Of every image; where none saw a skip connection, J is 0 and K the layer's own."""
+        key = "skip_sigma", name
+        seen = dict(zip(samples[key], terms[key].tolist(), strict=True))
+        alone = zip(samples["path_sigma", name], terms["path_sigma", name].tolist(), strict=True)
+        return np.array([seen.get(sample, sigma) for sample, sigma in alone])
 
     frobenius = by_layer("path_frobenius")
     same = np.abs(frobenius[0] - whole("path_frobenius")) <= _SAME_JACOBIAN * frobenius[0]
@@ -186,7 +196,7 @@ def network_of(rows: Columns) -> Network:
         position=by_layer("position_gradient"),
         least_position=by_layer("least_position"),
         least_gram=by_layer("least_gram"),
-        skip={name: v for (q, name), v in terms.items() if q == "skip_sigma"},
+        skip={name: skip(name) for quantity, name in terms if quantity == "skip_sigma"},
         reads_image=("input_invariant", WHOLE) in terms and bool(same.all()),
         invariant=whole("input_invariant"),
         adaptive=whole("first_adaptive"),

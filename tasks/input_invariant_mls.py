@@ -18,6 +18,7 @@ after Lanczos steps took the top of the spectrum out, and states an error (``tas
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from typing import ClassVar, Literal
@@ -164,7 +165,7 @@ class InputInvariantMls(Measurement):
                     + DOUBLE_GRAPH_COST
                     + JVP_COST,
                 ),
-                _rounded(_AUTHORS_NAME, float(authors[i]), sample, defect),
+                _authors_row(float(authors[i]), value, batch.inputs[0].numel(), sample, defect),
             ]
         return rows
 
@@ -193,8 +194,15 @@ def _exact_rows(subject: Subject, batch: Batch, defect: float, memory_gib: float
             num_iterations=plan.num_rows,
             forward_equivalents=plan.forward_equivalents,
         )
-        rows += [row, _rounded(_AUTHORS_NAME, authors, sample, defect)]
+        rows += [row, _authors_row(authors, value, batch.inputs[0].numel(), sample, defect)]
     return rows
+
+
+def _authors_row(value: float, norm_squared: float, size: int, sample: int, defect: float) -> Row:
+    """Row of ||J x||^2 / M. Where the sum over pixels cancels, its rounding is that of its terms."""
+    root, error = math.sqrt(value), defect * math.sqrt(max(norm_squared, value * size) / size)
+    row = _rounded(_AUTHORS_NAME, value, sample, defect)
+    return replace(row, lower=max(0.0, root - error) ** 2, upper=(root + error) ** 2)
 
 
 def _rounded(quantity: str, value: float, sample: int, defect: float) -> Row:

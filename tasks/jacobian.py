@@ -52,7 +52,7 @@ class JacobianBatch:
             (B, C, H, W) in the dtype of the images.
         """
         direction, scale = self._scaled_vjp(u)
-        return direction * _expand(scale, direction).to(direction.dtype)
+        return direction * expanded(scale, direction).to(direction.dtype)
 
     def jvp(self, w: torch.Tensor) -> torch.Tensor:
         """Products J_i w_i.
@@ -63,8 +63,8 @@ class JacobianBatch:
         Returns:
             (B, N) float64.
         """
-        scale = _scale(w)
-        tangent = (w / _expand(scale, w)).to(self._images.dtype)
+        scale = unit_scale(w)
+        tangent = (w / expanded(scale, w)).to(self._images.dtype)
         (products,) = torch.autograd.grad(
             self._pullback, self._cotangent, tangent, retain_graph=True
         )
@@ -85,7 +85,7 @@ class JacobianBatch:
     def _scaled_vjp(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """J^T u as a tensor in the images' dtype and a float64 factor (B,) to multiply it by."""
         cotangent = self.slope * u.double()
-        scale = _scale(cotangent)
+        scale = unit_scale(cotangent)
         (direction,) = torch.autograd.grad(
             self._graph_logits,
             self._images,
@@ -166,7 +166,7 @@ def dense_jacobian(
         (row,) = torch.autograd.grad(logits, leaf, cotangent, retain_graph=True)
         rows[:, k] = row
         cotangent[:, k] = 0
-    return rows.mul_(_expand(slope(logits.detach(), output), rows))
+    return rows.mul_(expanded(slope(logits.detach(), output), rows))
 
 
 def forward(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -233,13 +233,13 @@ def _forward_with_graph(
     return leaf, logits
 
 
-def _scale(t: torch.Tensor) -> torch.Tensor:
+def unit_scale(t: torch.Tensor) -> torch.Tensor:
     """Power of two near the largest magnitude per image (B,), 1 where all entries are zero."""
     largest = t.abs().flatten(1).amax(1)
     power = torch.exp2(torch.frexp(largest).exponent.to(largest.dtype) - 1)
     return torch.where((largest > 0) & torch.isfinite(largest), power, torch.ones_like(largest))
 
 
-def _expand(per_image: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def expanded(per_image: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """View a (B,) or (B, N) tensor so that it broadcasts against ``like``."""
     return per_image.reshape(*per_image.shape, *([1] * (like.ndim - per_image.ndim)))

@@ -29,7 +29,7 @@ import torch
 from torch import nn
 from torch.func import functional_call, vmap
 
-from tasks.jacobian import forward, slope
+from tasks.jacobian import expanded, forward, slope, unit_scale
 from tasks.layers import Layer, find_layers
 from tasks.measurement import MeasurementError, Output
 
@@ -155,9 +155,12 @@ class LayerGraph:
 
         def apply(u: torch.Tensor) -> torch.Tensor:
             pulled = self.pull(u[None], inputs=[layer])
-            direction, scale = pulled.inputs[layer][0], pulled.scale[0]
-            (product,) = torch.autograd.grad(pullback, cotangent, direction, retain_graph=True)
-            return self.slope * product.double() * scale[:, None]
+            direction = pulled.inputs[layer][0]
+            # Squares of Jacobians of 1e-24 or 1e24 would leave float32.
+            size = unit_scale(direction)
+            unit = direction / expanded(size, direction)
+            (product,) = torch.autograd.grad(pullback, cotangent, unit, retain_graph=True)
+            return self.slope * product.double() * (pulled.scale[0] * size.double())[:, None]
 
         return apply
 

@@ -100,7 +100,8 @@ def plan_rows(
             raise MeasurementError(
                 f"{what}: the {count} rows of one image's Jacobian, {size} inputs, take "
                 f"{row * size / 2**30:.3g} GiB, more than memory_gib = {memory_gib:g}. Raise "
-                "memory_gib; of the quantities, nmls alone has a method without rows (lanczos)."
+                "memory_gib, or take a method without rows: nmls has lanczos, "
+                "local_dimensionality probes, input_invariant_mls hutchinson."
             )
         if groups and row * (size + sum(sizes[other] for other in groups[-1])) <= budget:
             groups[-1].append(name)

@@ -14,7 +14,7 @@ without normalisation layers); elsewhere ``hessian_trace`` tells the difference.
 torch's ``MSELoss()`` is 2/N times that loss, and so is its Hessian.
 
 ``untied_sharpness`` is the sharpness of the same function with a weight of its own at every token
-and patch (weights alone). It is what bounds the compression of networks with shared weights; for
+and patch and in every call (weights as they are applied, alone). It is what bounds the compression of networks with shared weights; for
 networks without, it is the sum of ``layer_sharpness``.
 
 Norms of convolutions are enclosed, and the interval of ``matrix_normalized_sharpness`` with them.
@@ -119,8 +119,7 @@ class Sharpness(Measurement):
             norms = parameter_norms(graph, probes, at_once=at_once)
             total, weights, untied = norms.total, norms.weights, norms.outputs * lengths
             num_rows = num_probes = self.num_probes
-        owned = torch.tensor([layer.owns_parameters for layer in graph.layers])
-        untied_total = untied[:, owned].sum(1)
+        untied_total = untied.sum(1)
         seconds = (time.perf_counter() - started) / len(samples)
         rows: list[Row] = []
         for i, sample in enumerate(samples):
