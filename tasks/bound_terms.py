@@ -192,6 +192,8 @@ def _input_invariant(
     p = input_positions(layer, x).double()
     weight = layer.module.weight.detach().double()
     squares = weight.square().reshape(p.shape[1], -1, p.shape[-1])
+    if head is not None and layer.name in head.names:
+        head = None  # its own weight hears all outputs, not only those of the head's basis
     invariant = x.new_zeros(len(x), dtype=torch.float64)
     adaptive, outputs = torch.zeros_like(invariant), None
     # The weight's gradients are formed: as many numbers per row and image as the weight has.
