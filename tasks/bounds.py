@@ -38,7 +38,6 @@ from tasks.plain_layers import is_plain
 _SETS_OF_ROWS = 3.4  # path rows, parameter gradients, rows of the first layer, the skips' share
 # What comparisons allow for: rounding of sums of float64 and of float32 products; chosen.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
-_SAME_JACOBIAN = 1e-4  # relative, that the first layer's and the image's norm may differ; chosen
 
 Kind = Literal["untied", "printed", "authors", "direct", "per_position", "gram"]
 
@@ -101,13 +100,13 @@ class Bounds(Measurement):
     def summarize(self, rows: Columns) -> list[Estimate]:
         """Right sides of Eq. 11 and 12 with errors by linearisation, and the dead inputs."""
         network = network_of(rows)
+        own_weight = np.isnan(network.norm).any() or np.isnan(network.weight).all(1).any()
         chosen = np.asarray(rows["quantity"]) == "weight_gradient"
         work = np.asarray(rows["forward_equivalents"])[chosen].astype(np.float64)
         estimates = []
         for quantity, side in (("mls_bound", mls_bound), ("nmls_bound", nmls_bound)):
             value, influence = side(network, self.kind)
-            status = Status.OWN_WEIGHT if np.isnan(network.norm).any() else Status.OK
-            status = Status.OK if np.isfinite(value) else status
+            status = Status.OWN_WEIGHT if np.isnan(value) and own_weight else Status.OK
             estimates.append(
                 linearised(quantity, value, influence, status=status, num_rows=len(chosen))
             )
@@ -172,10 +171,12 @@ def network_of(rows: Columns) -> Network:
         return np.array([seen.get(sample, sigma) for sample, sigma in alone])
 
     frobenius = by_layer("path_frobenius")
-    same = np.abs(frobenius[0] - whole("path_frobenius")) <= _SAME_JACOBIAN * frobenius[0]
+    rounding = float(terms["rounding", WHOLE][0])
+    # A path around the first layer adds to the left sides what no right side allows for.
+    same = np.abs(frobenius[0] - whole("path_frobenius")) <= rounding * frobenius[0]
     return Network(
         num_outputs=int(terms["num_outputs", WHOLE][0]),
-        rounding=float(terms["rounding", WHOLE][0]),
+        rounding=rounding,
         layers=layers,
         positions=of_weights("positions").astype(np.int64),
         norm=of_weights("operator_norm"),

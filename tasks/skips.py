@@ -123,7 +123,9 @@ def _activations(
         if k is not None and args[0].requires_grad and _equal(args[0], graph.inputs[k]):
             found[k], versions[k] = args[0], args[0]._version
 
-    handles = [layer.module.register_forward_pre_hook(before) for layer in graph.layers]
+    # Once a module, however often the network calls it.
+    modules = {layer.module for layer in graph.layers}
+    handles = [module.register_forward_pre_hook(before) for module in modules]
     try:
         logits = forward(model, images.detach().clone().requires_grad_().clone())
     finally:
