@@ -48,9 +48,9 @@ from tasks.spectra import Spectra, numerical_rank, spectra
 
 _GRADIENT_NUMBERS = 2**24  # of the first layer's weight, held at once; chosen
 
-# Eigenvalues of Gram matrices below this share of the largest are rounding of the positions (1e-6
-# of a singular value in float32, as for ranks) or of the eigenvalues themselves; chosen.
-_DEPENDENT = {torch.float32: 1e-12, torch.float64: 1e-14}
+# Share of the largest eigenvalue of a Gram matrix below which one is rounding: of the positions
+# (1e-6 of a singular value in float32, as for ranks) or of the eigenvalues themselves; chosen.
+_DEPENDENT = 1e-12
 
 WHOLE = ""
 """Key of the terms of the whole network among those of layers."""
@@ -154,7 +154,7 @@ def _lengths(graph: LayerGraph, batch: Batch) -> dict[str, dict[str, np.ndarray]
         least_position[layer.name] = p.norm(dim=-1).flatten(1).amin(1).cpu().numpy()
         count, size = p.shape[-2:]
         least_gram[layer.name] = (
-            _least_eigenvalues(p @ p.mT, _DEPENDENT[x.dtype]).amin(1).cpu().numpy()
+            _least_eigenvalues(p @ p.mT).amin(1).cpu().numpy()
             if count <= size
             else np.zeros(len(p))
         )
@@ -163,11 +163,11 @@ def _lengths(graph: LayerGraph, batch: Batch) -> dict[str, dict[str, np.ndarray]
     }  # fmt: skip
 
 
-def _least_eigenvalues(gram: torch.Tensor, rounding: float) -> torch.Tensor:
+def _least_eigenvalues(gram: torch.Tensor) -> torch.Tensor:
     """Smallest eigenvalues of (..., T, T), 0 where they cannot be told from 0."""
     values = torch.linalg.eigvalsh(gram)
     least = values[..., 0]
-    return torch.where(least > rounding * gram.shape[-1] * values[..., -1], least, 0.0)
+    return torch.where(least > _DEPENDENT * values[..., -1], least, 0.0)
 
 
 def _gradients(graph: LayerGraph, norms: JacobianNorms) -> dict[str, dict[str, np.ndarray]]:

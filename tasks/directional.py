@@ -30,6 +30,7 @@ import torch
 from tasks.finite import require_finite
 from tasks.jacobian import custom_functions, forward, outputs, slope
 from tasks.measurement import Batch, MeasurementError, Output, Subject
+from tasks.replaced import replaced
 
 # What one call takes in no-grad forwards of its images, measured on ViT-Ti and ResNet-18 (CPU,
 # batch 4). Its graphs held 340 and 200 MiB per image of 224 x 224.
@@ -92,7 +93,7 @@ def directional(
             name: parameter.detach() + step * direction[name]
             for name, parameter in model.named_parameters()
         }
-        logits = forward(_Moved(model, moved), images.clone())
+        logits = forward(replaced(model, moved), images.clone())
         if not logits.requires_grad:
             raise MeasurementError(
                 "second derivatives: the logits do not depend on the weights through autograd. "
@@ -143,18 +144,6 @@ def quadratic_forms(
         parts.append(torch.stack([found.jacobian.square().sum(1), residual.sum(1)]).cpu())
     gauss_newton, residual = torch.cat(parts, 1).numpy()
     return QuadraticForms(gauss_newton, residual)
-
-
-class _Moved(torch.nn.Module):
-    """A network that computes with other weights than its own."""
-
-    def __init__(self, model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-        super().__init__()
-        self.model = model
-        self._weights = dict(weights)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.func.functional_call(self.model, self._weights, (images,))
 
 
 def _products(

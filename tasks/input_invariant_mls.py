@@ -199,9 +199,11 @@ def _exact_rows(subject: Subject, batch: Batch, defect: float, memory_gib: float
 
 
 def _authors_row(value: float, norm_squared: float, size: int, sample: int, defect: float) -> Row:
-    """Row of ||J x||^2 / M. Where the sum over pixels cancels, its rounding is that of its terms."""
-    root, error = math.sqrt(value), defect * math.sqrt(max(norm_squared, value * size) / size)
+    """Row of ||J x||^2 / M. Where its sums over pixels cancel, rounding is that of their terms."""
     row = _rounded(_AUTHORS_NAME, value, sample, defect)
+    if not (math.isfinite(value) and math.isfinite(norm_squared)):
+        return row
+    root, error = math.sqrt(value), defect * math.sqrt(max(norm_squared / size, value))
     return replace(row, lower=max(0.0, root - error) ** 2, upper=(root + error) ** 2)
 
 

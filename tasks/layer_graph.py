@@ -21,17 +21,17 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 
 from tasks.jacobian import expanded, forward, slope, unit_scale
 from tasks.layers import Layer, find_layers
 from tasks.measurement import MeasurementError, Output
+from tasks.replaced import replaced
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,20 +241,6 @@ def layer_graph(
 def _zeros(like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """A differentiable tensor of zeros that takes no memory."""
     return like.new_zeros((), requires_grad=True).expand(shape)
-
-
-def replaced(model: nn.Module, values: Mapping[str, torch.Tensor]) -> nn.Module:
-    """A view of a network in which some parameters, by name, have other values."""
-    return _Replaced(model, dict(values))
-
-
-class _Replaced(nn.Module):
-    def __init__(self, model: nn.Module, values: dict[str, torch.Tensor]) -> None:
-        super().__init__()
-        self.model, self.values = [model], values  # in a list: not a submodule
-
-    def forward(self, images: torch.Tensor) -> Any:
-        return functional_call(self.model[0], self.values, (images,))
 
 
 @contextlib.contextmanager

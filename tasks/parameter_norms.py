@@ -17,11 +17,12 @@ from dataclasses import dataclass
 import torch
 
 from tasks.jacobian import forward
-from tasks.layer_graph import LayerGraph, layer_graph, replaced
+from tasks.layer_graph import LayerGraph, layer_graph
 from tasks.layers import Layer
 from tasks.measurement import MeasurementError, Subject
 from tasks.positions import input_positions, output_positions
 from tasks.random import generator
+from tasks.replaced import replaced
 
 # Forming the gradient costs T d h, Gram matrices T^2 (d + h), and they lose digits where positions
 # cancel: they must save at least half.

@@ -14,8 +14,8 @@ without normalisation layers); elsewhere ``hessian_trace`` tells the difference.
 torch's ``MSELoss()`` is 2/N times that loss, and so is its Hessian.
 
 ``untied_sharpness`` is the sharpness of the same function with a weight of its own at every token
-and patch and in every call (weights as they are applied, alone). It is what bounds the compression of networks with shared weights; for
-networks without, it is the sum of ``layer_sharpness``.
+and patch and in every call (weights as they are applied, alone). It is what bounds the compression
+of networks with shared weights; for networks without, it is the sum of ``layer_sharpness``.
 
 Norms of convolutions are enclosed, and the interval of ``matrix_normalized_sharpness`` with them.
 """

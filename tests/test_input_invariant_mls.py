@@ -60,6 +60,32 @@ def values(rows: list[Row]) -> np.ndarray:
     return np.array([row.value for row in rows])
 
 
+class Normalised(nn.Module):
+    """A network that does not notice the scale of its images: J x = 0 but for LayerNorm's eps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.LayerNorm(64), nn.Linear(64, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(x.flatten(1)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_intervals_of_a_product_that_cancels_hold_the_float64_value(method):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Normalised()
+    coarse, fine = (
+        measured(
+            oracles.make_subject(model.to(dtype), 10 * images(), output="identity"), method=method
+        )[1]
+        for dtype in (torch.float32, torch.float64)
+    )
+    for row, true in zip(coarse, values(fine), strict=True):
+        assert row.lower <= true <= row.upper
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_closed_forms_of_the_linear_examples(method):
     """59 and 63 (Eq. 43) on one and two layers; 101 / 3 by the paper's code."""

@@ -177,6 +177,19 @@ def test_the_gram_operator_is_the_product_of_a_layers_rows():
         close(graph.gram(k)(u), torch.einsum("bnd,bmd,bm->bn", a, a, u))
 
 
+@pytest.mark.parametrize("size", [1e-24, 1e24])
+def test_the_gram_operator_of_a_tiny_or_huge_jacobian_stays_in_float32(size: float):
+    """Jacobians fit float32, their squares do not."""
+    plain, scaled = mlp().eval(), mlp().eval()
+    with torch.no_grad():
+        for parameter in scaled[-1].parameters():
+            parameter *= size
+    u = torch.randn(2, 10, generator=torch.Generator().manual_seed(2)).double()
+    expected = layer_graph(plain, images(2).float(), "identity").gram(0)(u) * size**2
+    found = layer_graph(scaled, images(2).float(), "identity").gram(0)(u)
+    torch.testing.assert_close(found / size**2, expected / size**2, rtol=1e-4, atol=1e-5)
+
+
 def test_saturated_outputs_do_not_underflow():
     model = cnn().eval().requires_grad_(False)
     model[-1].bias += 80.0  # slopes near 1e-35: their squares and products vanish in float32

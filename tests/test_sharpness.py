@@ -158,6 +158,35 @@ def test_worked_examples():
         )
 
 
+class Twice(nn.Module):
+    """One layer called twice, or two with equal weights."""
+
+    def __init__(self, *, tied: bool) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            first, self.last = nn.Linear(64, 64), nn.Linear(64, 3)
+        self.layers = nn.ModuleList([first, first if tied else copy.deepcopy(first)])
+        self.double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.flatten(1)
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return self.last(x)
+
+
+@pytest.mark.parametrize("method", ["exact", "hutchinson"])
+def test_untied_sharpness_counts_a_layer_that_is_called_twice_in_both_of_its_calls(method):
+    tied, untied = (
+        estimates(Sharpness(method=method).measure(subject(Twice(tied=tied)), Block(range(3))))
+        for tied in (True, False)
+    )
+    assert tied["untied_sharpness"].value == pytest.approx(
+        untied["untied_sharpness"].value, rel=1e-12
+    )
+
+
 def test_it_is_the_trace_of_the_hessian_for_a_relu_network_with_any_labels():
     s = subject(relu_net(), count=4, output="identity")
     batch = s.batch(range(4))
