@@ -24,8 +24,8 @@ from tasks.positions import input_positions, output_positions
 from tasks.random import generator
 from tasks.replaced import replaced
 
-# Forming the gradient costs T d h, Gram matrices T^2 (d + h), and they lose digits where positions
-# cancel: they must save at least half.
+# Forming the gradient costs T d h, Gram matrices T^2 (d + h) in float64: they must save at least
+# half.
 _GRAM_ADVANTAGE = 2
 _LIMITS = {torch.float32: 1e-3, torch.float64: 1e-9}  # coverage check, relative; chosen
 
@@ -162,8 +162,11 @@ def _layer_norms(
     if num_positions == 1:
         weight = each
     elif _GRAM_ADVANTAGE * num_positions * (inputs + outputs) <= inputs * outputs:
-        grams = (g @ g.mT).double() * (positions @ positions.mT).double()
-        weight = grams.flatten(2).sum(2)
+        # Float32 products would leave an error of 1e-7 of what positions have before they cancel,
+        # more than the whole norm where they do, and of either sign.
+        g, positions = g.double(), positions.double()
+        grams = (g @ g.mT) * (positions @ positions.mT)
+        weight = grams.flatten(2).sum(2).clamp(min=0)
     else:
         weight = _squares(g.mT @ positions, 2)
     bias = torch.zeros_like(weight) if layer.module.bias is None else _squares(g.sum(-2), 2)

@@ -139,3 +139,30 @@ def test_a_weight_used_behind_its_modules_back_is_found_out():
         subject = make_subject(Reused().double(), digits()[0][:1])
     with pytest.raises(MeasurementError, match=r"'layer\.weight'"):
         check_coverage(subject)
+
+
+class Opposed(nn.Module):
+    """Tokens in pairs with opposite signs, so that almost equal pairs leave almost no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(128, 128, bias=False), nn.Linear(128, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = torch.tanh(self.layer(x[:, 0]))
+        return self.head(z[:, ::2].sum(1) - z[:, 1::2].sum(1))
+
+
+def test_gram_matrices_keep_the_digits_of_positions_that_cancel():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, x = Opposed().eval().requires_grad_(False), torch.randn(3, 1, 8, 128)
+        x[:, :, 1::2] = x[:, :, ::2] + 1e-4 * torch.randn(3, 1, 4, 128)
+    ones = torch.ones(1, 3, 3, dtype=torch.float64)
+    found, true = (
+        parameter_norms(
+            layer_graph(model.to(dtype), x.to(dtype), "identity", parameters=True), ones
+        ).weights[0, 0]
+        for dtype in (torch.float32, torch.float64)
+    )
+    torch.testing.assert_close(found, true, rtol=0.02, atol=0)
