@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tasks.finite import require_finite
 from tasks.jacobian import forward
 from tasks.layer_graph import LayerGraph, layer_graph
 from tasks.layers import Layer
@@ -95,12 +96,14 @@ def check_coverage(subject: Subject) -> None:
     """Compare with autograd on the first image: every trainable parameter, once per checkpoint.
 
     Raises:
-        MeasurementError: If the squared norm of a parameter's gradient differs.
+        MeasurementError: If the squared norm of a parameter's gradient differs, or the image or its
+            logits are not finite.
     """
     if "parameter_coverage" in subject.cache:
         return
     model, images = subject.model, subject.batch([0]).inputs
     graph = layer_graph(model, images, subject.output, parameters=True)
+    require_finite(model, images, graph.logits, (0,))
     normals = torch.randn(
         graph.logits.shape, generator=generator(subject.seed, "coverage"), dtype=torch.float64
     )

@@ -166,3 +166,11 @@ def test_gram_matrices_keep_the_digits_of_positions_that_cancel():
         for dtype in (torch.float32, torch.float64)
     )
     torch.testing.assert_close(found, true, rtol=0.02, atol=0)
+
+
+def test_a_first_image_without_finite_logits_is_not_taken_for_a_gradient_that_is_not_covered():
+    x = digits()[0][:1].clone()
+    x[0, 0, 0, 0] = torch.nan
+    with pytest.raises(MeasurementError, match="NaN") as found:
+        check_coverage(make_subject(mlp(), x))
+    assert "coverage" not in str(found.value)
