@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
+from functools import partial
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -121,13 +122,14 @@ class Sharpness(Measurement):
             num_rows = num_probes = self.num_probes
         untied_total = untied.sum(1)
         seconds = (time.perf_counter() - started) / len(samples)
+        row = partial(_row, num_probes=num_probes, dtype=graph.logits.dtype)
         rows: list[Row] = []
         for i, sample in enumerate(samples):
             work = _GRAPH_COST + _ROW_COST * num_rows
-            rows.append(_row(_NAME, total[:, i], sample, num_probes, work=work, seconds=seconds))
-            rows.append(_row(_UNTIED, untied_total[:, i], sample, num_probes))
+            rows.append(row(_NAME, total[:, i], sample, work=work, seconds=seconds))
+            rows.append(row(_UNTIED, untied_total[:, i], sample))
             rows += [
-                _row(LAYER_SHARPNESS, weights[:, k, i], sample, num_probes, layer=layer.name)
+                row(LAYER_SHARPNESS, weights[:, k, i], sample, layer=layer.name)
                 for k, layer in enumerate(graph.layers)
                 if layer.owns_parameters
             ]
@@ -188,24 +190,29 @@ def _row(
     quantity: str,
     values: torch.Tensor,
     sample: int,
-    num_probes: int,
     *,
+    num_probes: int,
+    dtype: torch.dtype,
     layer: str | None = None,
     work: float = 0.0,
     seconds: float = 0.0,
 ) -> Row:
-    """Row of (R,) probes: their mean and its standard error; or of one exact value."""
+    """Row of (R,) probes: their mean and its standard error; or of one exact value.
+
+    Rounding of float32 products is not bounded, so there is no interval.
+    """
     value = float(values.mean())
     stderr = float(values.std() / len(values) ** 0.5) if num_probes > 1 else None
     finite = math.isfinite(value)
+    bound = value if finite and not num_probes and dtype == torch.float64 else None
     return Row(
         quantity=quantity,
         value=value,
         sample=sample,
         layer=layer,
         stderr=stderr,
-        lower=None if num_probes or not finite else value,
-        upper=None if num_probes or not finite else value,
+        lower=bound,
+        upper=bound,
         status=Status.OK if finite else Status.NOT_FINITE,
         num_probes=num_probes,
         forward_equivalents=work,

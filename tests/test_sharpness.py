@@ -176,6 +176,19 @@ class Twice(nn.Module):
         return self.last(x)
 
 
+def test_intervals_hold_the_float64_value_or_are_not_claimed():
+    of_dtype = {
+        dtype: Sharpness(method="exact").measure(
+            make_subject(tiny_vit().to(dtype), digits()[0][:2]), Block(range(2))
+        )
+        for dtype in (torch.float32, torch.float64)
+    }
+    for row, true in zip(of_dtype[torch.float32], of_dtype[torch.float64], strict=True):
+        assert row.lower is None or row.lower <= true.value <= (row.upper or 0.0)
+    assert np.isnan(estimates(of_dtype[torch.float32])["sharpness"].error_bound)
+    assert estimates(of_dtype[torch.float64])["sharpness"].error_bound == 0
+
+
 @pytest.mark.parametrize("method", ["exact", "hutchinson"])
 def test_untied_sharpness_counts_a_layer_that_is_called_twice_in_both_of_its_calls(method):
     tied, untied = (
