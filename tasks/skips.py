@@ -11,6 +11,7 @@ Shapes: B images, N outputs, R rows.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,20 @@ from torch import nn
 
 from tasks.head import Head, output_basis
 from tasks.jacobian import forward
-from tasks.layer_graph import LayerGraph
+from tasks.layer_graph import LayerGraph, layer_graph
 from tasks.measurement import Batch, Subject
 
 _ROUNDING = 1e-4  # relative difference of gradients or activations that is rounding; chosen
 
 
 def skip_sigmas(
-    subject: Subject, batch: Batch, graph: LayerGraph, head: Head | None, *, memory_gib: float
+    subject: Subject,
+    batch: Batch,
+    graph: LayerGraph,
+    head: Head | None,
+    *,
+    memory_gib: float,
+    among: Sequence[int] | None = None,
 ) -> dict[str, np.ndarray]:
     """|‖K‖_2 - ‖J‖_2| of every layer whose input also goes elsewhere.
 
@@ -35,7 +42,9 @@ def skip_sigmas(
         batch: Images.
         graph: Of the same images.
         head: The network's linear head, if it has one.
-        memory_gib: Rows held at once, in GiB; more layers take more passes.
+        memory_gib: Rows held at once, in GiB; more images and layers take more passes. Those of one
+            layer and image are held in any case.
+        among: Indices of the layers to take; None looks for them.
 
     Returns:
         By layer name, (B,) float64. Empty for networks without such layers, as pre-norm
@@ -44,10 +53,28 @@ def skip_sigmas(
     with torch.enable_grad():
         logits, activations = _activations(subject.model, batch.inputs, graph)
     basis = output_basis(graph.slope, head)
-    probe = _both(graph, logits, activations, basis.sum(0))
-    shared = [k for k, (total, path) in probe.items() if _differ(total, path)]
+    if among is None:
+        probe = _both(graph, logits, activations, basis.sum(0))
+        among = [k for k, (total, path) in probe.items() if _differ(total, path)]
+        del probe
+    shared = [k for k in among if k in activations]
+    num_bytes, count = int(memory_gib * 2**30), len(batch.samples)
+    if count > 1 and any(_row_bytes(activations[k], len(basis)) > num_bytes for k in shared):
+        del logits, activations  # their graph, before the next ones are built
+        halves = [
+            skip_sigmas(
+                subject,
+                half,
+                layer_graph(subject.model, half.inputs, subject.output),
+                head,
+                memory_gib=memory_gib,
+                among=shared,
+            )
+            for half in (_part(batch, slice(count // 2)), _part(batch, slice(count // 2, count)))
+        ]
+        return {name: np.concatenate([half[name] for half in halves]) for name in halves[0]}
     found: dict[str, np.ndarray] = {}
-    for group in _groups(shared, activations, len(basis), int(memory_gib * 2**30)):
+    for group in _groups(shared, activations, len(basis), num_bytes):
         chosen = {k: activations[k] for k in group}
         rows = [_both(graph, logits, chosen, cotangent) for cotangent in basis]
         for k in group:
@@ -89,14 +116,23 @@ def _differ(total: torch.Tensor, path: torch.Tensor) -> bool:
     return bool((total - path).norm() > _ROUNDING * (total.norm() + path.norm()))
 
 
+def _row_bytes(activation: torch.Tensor, num_rows: int) -> int:
+    """Rows of a layer, both kinds in float64."""
+    return 2 * 8 * num_rows * activation.numel()
+
+
+def _part(batch: Batch, images: slice) -> Batch:
+    return Batch(batch.inputs[images], batch.targets[images], batch.samples[images])
+
+
 def _groups(
     layers: list[int], activations: dict[int, torch.Tensor], num_rows: int, num_bytes: int
 ) -> list[list[int]]:
-    """Layers whose rows, both kinds in float64, are held together; at least one."""
+    """Layers whose rows are held together; at least one."""
     groups: list[list[int]] = []
     free = 0
     for k in layers:
-        needed = 2 * 8 * num_rows * activations[k].numel()
+        needed = _row_bytes(activations[k], num_rows)
         if not groups or needed > free:
             groups.append([])
             free = num_bytes

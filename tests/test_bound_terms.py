@@ -70,3 +70,24 @@ def test_images_without_a_gradient_count_in_both_sides_of_the_skip_bound():
         assert all(c.holds for c in found)
         left.append([c.left for c in found])
     assert left[0] == pytest.approx(left[1], rel=1e-12)
+
+
+def test_rows_of_skip_connections_stay_within_the_memory_and_do_not_depend_on_it(monkeypatch):
+    sizes: list[int] = []
+    norm = torch.linalg.matrix_norm
+
+    def watched(rows: torch.Tensor, order: int) -> torch.Tensor:
+        sizes.append(rows.numel() * rows.element_size())
+        return norm(rows, order)
+
+    monkeypatch.setattr(torch.linalg, "matrix_norm", watched)
+    x = torch.rand(7, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    of = oracles.make_subject(Residual().double(), x, output="identity")
+    found = []
+    for num_bytes in (2**30, 800):  # of one image: two kinds of 4 x 4 numbers
+        sizes.clear()
+        rows = Bounds(memory_gib=num_bytes / 2**30).measure(of, Block(range(7)))
+        assert 0 < 2 * max(sizes) <= num_bytes
+        found.append([r.value for r in rows if r.quantity == "skip_sigma"])
+    assert len(found[0]) == 7
+    assert found[0] == pytest.approx(found[1], rel=1e-12)
