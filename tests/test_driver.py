@@ -92,8 +92,8 @@ def test_every_unit_is_done_once_and_slots_keep_their_checkpoint(run: Run):
     result, executor, _ = go(run, lambda task: None)
     units = Counter((t.spec.key, t.block) for t in executor.attempts)
     assert set(units.values()) == {1}
-    # Per network: sensitivity in 2 units of 32 images, sharpness in 4 of 16 for each of 2 draws.
-    assert result.committed == len(units) == 2 * (2 + 4 * 2)
+    # Per network: sensitivity in 2 units of 32 images, sharpness in 8 of a group of 8 for each of 2 draws.
+    assert result.committed == len(units) == 2 * (2 + 8 * 2)
     assert result.failed == result.retried == 0
     assert executor.most_at_once == 2
     assert not make_plan(run.manifest, run.store).units
@@ -122,7 +122,7 @@ def test_a_slot_that_is_gone_rests_and_leaves_the_units_to_the_others(run: Run):
     executor.dead = {0}
     result = launch(run.manifest, run.store, lambda: executor, observer)
     assert result.failed == 0
-    assert result.committed == 2 * (2 + 4 * 2)
+    assert result.committed == 2 * (2 + 8 * 2)
     assert 1 <= result.lost <= 8  # pauses of 1, 2, 4 ... seconds, not a loss per unit
 
 
