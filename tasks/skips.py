@@ -22,7 +22,9 @@ from tasks.head import Head, output_basis
 from tasks.jacobian import forward
 from tasks.layer_graph import LayerGraph, layer_graph
 from tasks.measurement import Batch, Subject
+from tasks.random import generator
 
+_NORM_ROUNDING = 32  # of ‖K‖_2 and ‖J‖_2, in units of the dtype's eps; chosen
 _ROUNDING = 1e-4  # relative difference of gradients or activations that is rounding; chosen
 
 
@@ -47,18 +49,22 @@ def skip_sigmas(
         among: Indices of the layers to take; None looks for them.
 
     Returns:
-        By layer name, (B,) float64. Empty for networks without such layers, as pre-norm
-        transformers, whose branches read a normalised copy.
+        By layer name, (B,) float64, less what rounding of both norms may add: a branch that starts
+        at zero has a difference of nothing but that. Empty for networks without such layers, as
+        pre-norm transformers, whose branches read a normalised copy.
     """
+    num_bytes = int(memory_gib * 2**30)
     with torch.enable_grad():
         logits, activations = _activations(subject.model, batch.inputs, graph)
     basis = output_basis(graph.slope, head)
     if among is None:
-        probe = _both(graph, logits, activations, basis.sum(0))
-        among = [k for k, (total, path) in probe.items() if _differ(total, path)]
-        del probe
+        among = []
+        probe = _random_cotangent(subject, batch, graph)
+        for group in _groups(list(activations), activations, 1, num_bytes):
+            both = _both(graph, logits, {k: activations[k] for k in group}, probe)
+            among += [k for k, (total, path) in both.items() if _differ(total, path)]
     shared = [k for k in among if k in activations]
-    num_bytes, count = int(memory_gib * 2**30), len(batch.samples)
+    count = len(batch.samples)
     if count > 1 and any(_row_bytes(activations[k], len(basis)) > num_bytes for k in shared):
         del logits, activations  # their graph, before the next ones are built
         halves = [
@@ -80,8 +86,10 @@ def skip_sigmas(
         for k in group:
             totals = torch.stack([row[k][0] for row in rows], 1)
             skips = totals - torch.stack([row[k][1] for row in rows], 1)
-            sigmas = [torch.linalg.matrix_norm(m, 2) for m in (totals, skips)]
-            found[graph.layers[k].name] = (sigmas[0] - sigmas[1]).abs().cpu().numpy()
+            both = torch.stack([torch.linalg.matrix_norm(m, 2) for m in (totals, skips)])
+            rounding = _NORM_ROUNDING * torch.finfo(logits.dtype).eps * both.amax(0)
+            lower = ((both[0] - both[1]).abs() - rounding).clamp(min=0)
+            found[graph.layers[k].name] = lower.cpu().numpy()
     return found
 
 
@@ -110,6 +118,16 @@ def _both(
         )
         for k, total in zip(activations, totals, strict=True)
     }
+
+
+def _random_cotangent(subject: Subject, batch: Batch, graph: LayerGraph) -> torch.Tensor:
+    """One normal cotangent per image, (B, N) float64: nothing a network computes is orthogonal."""
+    size = graph.slope.shape[1]
+    normals = [
+        torch.randn(size, generator=generator(subject.seed, "skips", i), dtype=torch.float64)
+        for i in batch.samples
+    ]
+    return torch.stack(normals).to(graph.slope.device)
 
 
 def _differ(total: torch.Tensor, path: torch.Tensor) -> bool:
