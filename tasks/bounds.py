@@ -103,10 +103,14 @@ class Bounds(Measurement):
         own_weight = np.isnan(network.norm).any() or np.isnan(network.weight).all(1).any()
         chosen = np.asarray(rows["quantity"]) == "weight_gradient"
         work = np.asarray(rows["forward_equivalents"])[chosen].astype(np.float64)
+        met = {c.bound: c.conditions_met for c in evaluate(network) if c.kind == self.kind}
         estimates = []
-        for quantity, side in (("mls_bound", mls_bound), ("nmls_bound", nmls_bound)):
+        for quantity, side, bound in (
+            ("mls_bound", mls_bound, "11"), ("nmls_bound", nmls_bound, "12"),
+        ):  # fmt: skip
             value, influence = side(network, self.kind)
-            status = Status.OWN_WEIGHT if np.isnan(value) and own_weight else Status.OK
+            status = Status.OK if met[bound] else Status.CONDITIONS_UNMET
+            status = Status.OWN_WEIGHT if np.isnan(value) and own_weight else status
             estimates.append(
                 linearised(quantity, value, influence, status=status, num_rows=len(chosen))
             )

@@ -47,6 +47,7 @@ class Status(enum.StrEnum):
     RANK_VARIES = "rank_varies"
     CONSTANT_INPUT = "constant_input"
     OWN_WEIGHT = "own_weight"
+    CONDITIONS_UNMET = "conditions_unmet"
     NOT_MEASURED = "not_measured"
     INCOMPLETE = "incomplete"
 
@@ -89,6 +90,10 @@ _SENTENCES = {
     Status.OWN_WEIGHT: (
         "A layer changes its weight in its forward or applies it twice, so it has no norm or no "
         "gradient of its own, and sums of them over layers are not defined for this network."
+    ),
+    Status.CONDITIONS_UNMET: (
+        "This network does not meet the conditions under which the right side bounds anything; the "
+        "table bounds says which. Read it as a number of its own, or take another kind."
     ),
     Status.NOT_MEASURED: "The measurement's settings leave this quantity out.",
     Status.INCOMPLETE: "Some planned samples have no result yet. Run: flatcensus resume RUN",
