@@ -92,7 +92,7 @@ def test_every_unit_is_done_once_and_slots_keep_their_checkpoint(run: Run):
     result, executor, _ = go(run, lambda task: None)
     units = Counter((t.spec.key, t.block) for t in executor.attempts)
     assert set(units.values()) == {1}
-    # Per network: sensitivity in 2 units of 32 images, sharpness in 8 of a group of 8 for each of 2 draws.
+    # Per network: sensitivity in 2 units of 32 images, sharpness in 8 groups for each of 2 draws.
     assert result.committed == len(units) == 2 * (2 + 8 * 2)
     assert result.failed == result.retried == 0
     assert executor.most_at_once == 2

@@ -174,3 +174,19 @@ def test_a_first_image_without_finite_logits_is_not_taken_for_a_gradient_that_is
     with pytest.raises(MeasurementError, match="NaN") as found:
         check_coverage(make_subject(mlp(), x))
     assert "coverage" not in str(found.value)
+
+
+def test_a_gradient_that_cancels_whole_is_covered():
+    """f = w x_1 - w x_2 at equal tokens: nothing but rounding is left of the gradient."""
+
+    class Difference(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 3, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            tokens = self.layer(x[:, 0])
+            return tokens[:, 0] / 3 + tokens[:, 1] / 7 - tokens[:, 2] * (1 / 3 + 1 / 7)
+
+    image = digits()[0][:1, :, :1].expand(1, 1, 8, 8).double()
+    check_coverage(make_subject(Difference().double(), image))
