@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 import torch
 from jacobian_oracles import path_jacobians
 from oracles import columns, make_subject
@@ -19,6 +20,23 @@ from tasks.inequalities import evaluate
 from tasks.measurement import Check, Output, Row
 
 Key = tuple[str, str]
+
+FORMS = ("untied", "printed", "direct", "per_position", "gram")
+SUMMED = ("untied", "printed")
+"""Forms with a sharpness of the network."""
+
+NORMS = 5e-9
+"""Upper ends of norms are widened by 1e-9 each; a right side has a few of them."""
+
+
+def near(value: float) -> object:
+    """Equal up to rounding and the ends of norms."""
+    return pytest.approx(value, rel=NORMS)
+
+
+def vectors(*rows: list[float]) -> torch.Tensor:
+    """Images of one row of pixels each."""
+    return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), 1, 1, -1)
 
 
 def bound_rows(
