@@ -24,7 +24,7 @@ from tasks.layer_graph import LayerGraph, layer_graph
 from tasks.measurement import Batch, Subject
 from tasks.random import generator
 
-_NORM_ROUNDING = 32  # of ‖K‖_2 and ‖J‖_2, in units of the dtype's eps; chosen
+_NORM_ROUNDING = 32 * torch.finfo(torch.float64).eps  # of ‖K‖_2 and ‖J‖_2, relative; chosen
 _ROUNDING = 1e-4  # relative difference of gradients or activations that is rounding; chosen
 
 
@@ -87,8 +87,8 @@ def skip_sigmas(
             totals = torch.stack([row[k][0] for row in rows], 1)
             skips = totals - torch.stack([row[k][1] for row in rows], 1)
             both = torch.stack([torch.linalg.matrix_norm(m, 2) for m in (totals, skips)])
-            rounding = _NORM_ROUNDING * torch.finfo(logits.dtype).eps * both.amax(0)
-            lower = ((both[0] - both[1]).abs() - rounding).clamp(min=0)
+            # J = K - A in float64, so rounding of float32 products leaves Eq. 17 alone.
+            lower = ((both[0] - both[1]).abs() - _NORM_ROUNDING * both.amax(0)).clamp(min=0)
             found[graph.layers[k].name] = lower.cpu().numpy()
     return found
 

@@ -36,6 +36,13 @@ def grouped() -> nn.Module:
     )
 
 
+def grouped_first() -> nn.Module:
+    """Groups in the layer that reads the image, which has two channels."""
+    return nn.Sequential(
+        nn.Conv2d(2, 6, 3, stride=2, padding=1, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(48, 3)
+    )
+
+
 def wide_linear() -> nn.Module:
     """More outputs than inputs: the first layer is the head, and a basis of 64 misses some."""
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 90))
@@ -43,6 +50,7 @@ def wide_linear() -> nn.Module:
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "mlp": mlp, "cnn": cnn, "vit": tiny_vit, "grouped": grouped, "wide_linear": wide_linear,
+    "grouped_first": grouped_first,
     "vit_wide": lambda: tiny_vit(1, num_classes=40, depth=1),
 }  # fmt: skip
 
@@ -64,6 +72,7 @@ def by_key(rows: list[Row], sample: int) -> dict[tuple[str, str], float]:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_terms_are_plain_autograds(name: str):
     model, x = built(name), images(2)
+    x = x.reshape(2, 2, 4, 8) if name == "grouped_first" else x
     rows = bound_rows(model, x, output="sigmoid")
     for i, image in enumerate(x):
         found, expected = by_key(rows, i), reference_terms(model, image, "sigmoid")

@@ -186,6 +186,33 @@ class Nothing(nn.Module):
         return self.head(x + self.layer(x))
 
 
+class Scalar(nn.Module):
+    """x + tanh(v x) in one dimension, where Eq. 17 is an equality."""
+
+    def __init__(self, v: float) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1, bias=False)
+        self.layer.weight.data.fill_(v)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.flatten(1)
+        return x + self.layer(x).tanh()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("v", [0.0, 1e-12, 1e-9, 1e-7, 3e-4, 0.3])
+def test_rounding_of_two_norms_is_not_taken_for_a_difference(v: float, dtype: torch.dtype):
+    """Of 1 + v and 1, the difference is 1e-16 / v off: more than a comparison allows for."""
+    x = torch.linspace(0.1, 2.0, 8, dtype=dtype).reshape(8, 1, 1, 1)
+    checks = checks_of(Scalar(v).to(dtype), x)
+    assert checks.broken == []
+    if v >= 3e-4:
+        check = checks("17", "untied", "layer")
+        assert check.left == pytest.approx(
+            check.right, rel=1e-4 if dtype == torch.float32 else 1e-8
+        )
+
+
 def total_jacobian(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
     """Of the outputs with respect to what the layer and the skip connection read."""
     x = torch.tanh(model.get_submodule("stem")(image.flatten())).detach()
