@@ -208,6 +208,7 @@ def test_a_norm_in_front_of_the_first_layer_is_named():
     for check in checks.every:
         if check.bound in ("6", "9", "11", "44") or check.bound.startswith("48"):
             assert not check.conditions_met
+            assert "the first layer alone reads the image" in check.conditions
             assert "not met: the first layer is not alone in reading the image" in check.conditions
     assert checks("44", "untied").holds is None
     assert checks("12", "untied").conditions_met

@@ -115,7 +115,7 @@ def test_every_block_of_a_residual_network_has_a_row():
 
 
 class Overwritten(nn.Module):
-    """The activation that a layer reads is doubled behind it, in place or not."""
+    """The activation that a layer reads is changed behind it, hardly, in place or not."""
 
     def __init__(self, *, in_place: bool) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class Overwritten(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.stem(x.flatten(1))
         y = self.layer(x)
-        x = x.mul_(2) if self.in_place else x * 2
+        x = x.mul_(1 + 1e-6) if self.in_place else x * (1 + 1e-6)
         return self.head((x + y).tanh())
 
 
