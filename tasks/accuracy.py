@@ -32,14 +32,6 @@ class Accuracy(Measurement):
     version: ClassVar[int] = 1
     quantities: ClassVar[tuple[str, ...]] = ("accuracy", "loss", "cross_entropy")
 
-    def stages(self, num_samples: int, available: int) -> list[Block]:
-        """One stage: every sample once, there are no weight draws."""
-        return [Block(range(num_samples))]
-
-    def finished(self, rows: Columns) -> bool:
-        """Always: there is one stage."""
-        return True
-
     def measure(self, subject: Subject, block: Block) -> list[Row]:
         """Three rows per image; work and time are on its ``accuracy`` row.
 

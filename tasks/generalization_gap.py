@@ -49,14 +49,6 @@ class GeneralizationGap(Measurement):
     )  # fmt: skip
     needs_training_images: ClassVar[bool] = True
 
-    def stages(self, num_samples: int, available: int) -> list[Block]:
-        """One stage: every sample once, there are no weight draws."""
-        return [Block(range(num_samples))]
-
-    def finished(self, rows: Columns) -> bool:
-        """Always: there is one stage."""
-        return True
-
     def measure(self, subject: Subject, block: Block) -> list[Row]:
         """Six rows per sample: accuracy, loss of Eq. 1 and cross-entropy of its two images.
 

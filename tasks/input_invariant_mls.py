@@ -80,19 +80,6 @@ class InputInvariantMls(Measurement):
     max_draws: int = pydantic.Field(default=128, ge=8)
     memory_gib: float = pydantic.Field(default=2.0, gt=0)
 
-    @property
-    def alignment(self) -> int:
-        """Any: a unit boundary that cuts a batch changes rounding only."""
-        return 1
-
-    def stages(self, num_samples: int, available: int) -> list[Block]:
-        """One stage: every image stops by its own error, so rows need no further stages."""
-        return [Block(range(num_samples))]
-
-    def finished(self, rows: Columns) -> bool:
-        """Always: there is one stage."""
-        return True
-
     def measure(self, subject: Subject, block: Block) -> list[Row]:
         """Two rows per image; work and time are on the ``input_invariant_mls`` row of the pair.
 

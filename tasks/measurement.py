@@ -244,7 +244,10 @@ class MeasurementError(RuntimeError):
 
 
 class Measurement(Settings, ABC):
-    """Interface of a measurement. Subclasses are leaves; ``note`` and ``checks`` have defaults.
+    """Interface of a measurement. Subclasses are leaves.
+
+    Defaults are those of a measurement without sequential stopping: one stage, units cut anywhere,
+    nothing to note and no inequality to check.
 
     ``quantities`` are those of the whole network, one estimate each. Layer-wise estimates may come
     beside them.
@@ -260,16 +263,22 @@ class Measurement(Settings, ABC):
 
     @property
     def alignment(self) -> int:
-        """Unit boundaries are multiples of this many samples."""
+        """Unit boundaries are multiples of this many samples.
+
+        Here any: a boundary that cuts a batch changes rounding only.
+        """
         return 1
 
-    @abstractmethod
     def stages(self, num_samples: int, available: int) -> list[Block]:
-        """Growing blocks, for the manifest's ``samples`` out of ``available`` images."""
+        """Growing blocks, for the manifest's ``samples`` out of ``available`` images.
 
-    @abstractmethod
+        Here one: every sample once, without weight draws.
+        """
+        return [Block(range(num_samples))]
+
     def finished(self, rows: Columns) -> bool:
         """Whether the rows of a complete stage suffice. Not asked after the last stage."""
+        return True
 
     @abstractmethod
     def measure(self, subject: Subject, block: Block) -> list[Row]:

@@ -70,14 +70,6 @@ class RelativeFlatness(Measurement):
 
     loss: Literal["half_squared_error", "mse", "cross_entropy"] = "half_squared_error"
 
-    def stages(self, num_samples: int, available: int) -> list[Block]:
-        """One stage: every sample once, there are no weight draws."""
-        return [Block(range(num_samples))]
-
-    def finished(self, rows: Columns) -> bool:
-        """Always: there is one stage."""
-        return True
-
     def measure(self, subject: Subject, block: Block) -> list[Row]:
         """One row per image.
 

@@ -89,14 +89,6 @@ class NormalizedMls(Measurement):
         """
         return 32
 
-    def stages(self, num_samples: int, available: int) -> list[Block]:
-        """One stage: every sample once, there are no weight draws."""
-        return [Block(range(num_samples))]
-
-    def finished(self, rows: Columns) -> bool:
-        """Always: there is one stage."""
-        return True
-
     def measure(self, subject: Subject, block: Block) -> list[Row]:
         """Two rows per image; work and time are on the ``normalized_mls`` row of the pair.
 

@@ -72,19 +72,6 @@ class Sharpness(Measurement):
     method: Literal["auto", "exact", "hutchinson"] = "auto"
     num_probes: int = pydantic.Field(default=2, ge=1)
 
-    @property
-    def alignment(self) -> int:
-        """Any: a unit boundary that cuts a batch changes rounding only."""
-        return 1
-
-    def stages(self, num_samples: int, available: int) -> list[Block]:
-        """One stage: every sample once, its probes with it."""
-        return [Block(range(num_samples))]
-
-    def finished(self, rows: Columns) -> bool:
-        """Always: there is one stage."""
-        return True
-
     def measure(self, subject: Subject, block: Block) -> list[Row]:
         """Rows per image for the whole network, and per image and layer.
 

@@ -71,19 +71,6 @@ class Volume(Measurement):
     layers: bool = True
     memory_gib: float = pydantic.Field(default=2.0, gt=0)
 
-    @property
-    def alignment(self) -> int:
-        """Any: a unit boundary that cuts a batch changes rounding only."""
-        return 1
-
-    def stages(self, num_samples: int, available: int) -> list[Block]:
-        """One stage: every sample once, there are no weight draws."""
-        return [Block(range(num_samples))]
-
-    def finished(self, rows: Columns) -> bool:
-        """Always: there is one stage."""
-        return True
-
     def measure(self, subject: Subject, block: Block) -> list[Row]:
         """Logarithms of volumes and ranks per image, and per image and layer.
 
