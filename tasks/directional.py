@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from tasks.finite import require_finite
+from tasks.finite import require_logits
 from tasks.jacobian import custom_functions, forward, outputs, slope
 from tasks.measurement import Batch, MeasurementError, Output, Subject
 from tasks.replaced import replaced
@@ -130,16 +130,10 @@ def quadratic_forms(
     parts: list[torch.Tensor] = []
     size = subject.batch_size
     for start in range(0, len(batch.samples), size):
-        images, targets = (t[start : start + size] for t in (batch.inputs, batch.targets))
-        found = directional(subject.model, images, subject.output, direction)
-        names = batch.samples[start : start + size]
-        require_finite(subject.model, images, found.logits, names)
-        if found.logits.shape != targets.shape:
-            raise MeasurementError(
-                f"expected {targets.shape[1]} outputs, one per class of the data set, found "
-                f"{found.logits.shape[1]}. Use the data set that the network was trained for."
-            )
-        errors = outputs(found.logits.double(), subject.output) - targets.double()
+        part = batch.part(slice(start, start + size))
+        found = directional(subject.model, part.inputs, subject.output, direction)
+        require_logits(subject.model, part, found.logits)
+        errors = outputs(found.logits.double(), subject.output) - part.targets.double()
         residual = errors * found.curvature
         parts.append(torch.stack([found.jacobian.square().sum(1), residual.sum(1)]).cpu())
     gauss_newton, residual = torch.cat(parts, 1).numpy()

@@ -1,11 +1,39 @@
-"""Refusal of NaN and infinity at the network's border, with the samples and the module named."""
+"""Refusals at the network's border: NaN, infinity, and outputs that are not the data set's classes.
+
+Samples and the first module at fault are named.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from tasks.jacobian import forward
-from tasks.measurement import MeasurementError
+from tasks.jacobian import JacobianBatch, forward, jacobian_batch
+from tasks.measurement import Batch, MeasurementError, Subject
+
+
+def checked_jacobian(subject: Subject, batch: Batch) -> JacobianBatch:
+    """The Jacobians of a batch.
+
+    Raises:
+        MeasurementError: If logits are NaN or infinite, or are not one per class of the data set.
+    """
+    jacobian = jacobian_batch(subject.model, batch.inputs, subject.output)
+    require_logits(subject.model, batch, jacobian.logits)
+    return jacobian
+
+
+def require_logits(model: torch.nn.Module, batch: Batch, logits: torch.Tensor) -> None:
+    """Refuse logits (B, N) of a batch that are not finite, or not one per class of the data set.
+
+    Raises:
+        MeasurementError: Naming the samples, or both numbers.
+    """
+    require_finite(model, batch.inputs, logits, batch.samples)
+    if logits.shape[1] != batch.targets.shape[1]:
+        raise MeasurementError(
+            f"expected {batch.targets.shape[1]} outputs, one per class of the data set, found "
+            f"{logits.shape[1]}. Use the data set that the network was trained for."
+        )
 
 
 def require_finite(

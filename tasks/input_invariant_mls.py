@@ -29,11 +29,11 @@ import torch
 
 from tasks.batches import aligned_batches
 from tasks.block import Block
+from tasks.finite import checked_jacobian
 from tasks.jacobian_moments import (
     DOUBLE_GRAPH_COST,
     FEW_ROWS,
     JVP_COST,
-    checked_jacobian,
     jacobian_moments,
     moment_mean,
     predicted_cost,

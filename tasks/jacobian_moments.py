@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from tasks.deflated import PROBES, STEPS, deflated_moments
-from tasks.finite import require_finite
-from tasks.jacobian import JacobianBatch, jacobian_batch
-from tasks.measurement import Batch, Columns, Estimate, MeasurementError, Status, Subject
+from tasks.finite import checked_jacobian
+from tasks.jacobian import JacobianBatch
+from tasks.measurement import Batch, Columns, Estimate, Status, Subject
 from tasks.random import generator
 from tasks.sample_mean import sample_mean
 
@@ -77,10 +77,7 @@ def jacobian_moments(
     unit = np.ones(len(batch.samples))
 
     def make(active: np.ndarray) -> _WeightedJacobian:
-        chosen = Batch(
-            batch.inputs[active], batch.targets[active], tuple(batch.samples[i] for i in active)
-        )
-        jacobian = checked_jacobian(subject, chosen)
+        jacobian = checked_jacobian(subject, batch.part(active))
         operator = _WeightedJacobian(
             jacobian, _unit(jacobian.slope), None if weight is None else weight[active]
         )
@@ -108,22 +105,6 @@ def jacobian_moments(
         + (VJP_COST + JVP_COST) * found.num_steps
         + VJP_COST * found.num_probes,
     )
-
-
-def checked_jacobian(subject: Subject, batch: Batch) -> JacobianBatch:
-    """The Jacobians of a batch.
-
-    Raises:
-        MeasurementError: If logits are NaN or infinite, or are not one per class of the data set.
-    """
-    jacobian = jacobian_batch(subject.model, batch.inputs, subject.output)
-    require_finite(subject.model, batch.inputs, jacobian.logits, batch.samples)
-    if jacobian.logits.shape[1] != batch.targets.shape[1]:
-        raise MeasurementError(
-            f"expected {batch.targets.shape[1]} outputs, one per class of the data set, found "
-            f"{jacobian.logits.shape[1]}. Use the data set that the network was trained for."
-        )
-    return jacobian
 
 
 def moment_mean(rows: Columns, quantity: str) -> Estimate:

@@ -22,7 +22,7 @@ from math import prod
 import numpy as np
 import torch
 
-from tasks.finite import require_finite
+from tasks.finite import require_logits
 from tasks.head import output_basis, subject_head
 from tasks.layer_graph import LayerGraph, layer_graph
 from tasks.layers import Layer, find_layers
@@ -121,8 +121,7 @@ def reduce_rows(
     """
     found: dict[str, list[np.ndarray]] = {name: [] for name in plan.sizes}
     for start in range(0, len(batch.samples), plan.images_at_once):
-        part = slice(start, start + plan.images_at_once)
-        chosen = Batch(batch.inputs[part], batch.targets[part], batch.samples[part])
+        chosen = batch.part(slice(start, start + plan.images_at_once))
         graph = checked_graph(subject, chosen)
         cotangents = output_basis(graph.slope, subject_head(subject, batch.inputs))
         for group in plan.groups:
@@ -138,12 +137,7 @@ def checked_graph(subject: Subject, batch: Batch, *, parameters: bool = False) -
         MeasurementError: If the network gives NaN logits, or not one per class.
     """
     graph = layer_graph(subject.model, batch.inputs, subject.output, parameters=parameters)
-    require_finite(subject.model, batch.inputs, graph.logits, batch.samples)
-    if graph.logits.shape[1] != batch.targets.shape[1]:
-        raise MeasurementError(
-            f"expected {batch.targets.shape[1]} outputs, one per class of the data set, found "
-            f"{graph.logits.shape[1]}. Use the data set that the network was trained for."
-        )
+    require_logits(subject.model, batch, graph.logits)
     return graph
 
 

@@ -212,6 +212,11 @@ class Batch:
     targets: torch.Tensor
     samples: tuple[int, ...]
 
+    def part(self, images: slice | np.ndarray) -> Batch:
+        """Some of its images, by a slice or by their indices in the batch."""
+        samples = np.array(self.samples)[images].tolist()
+        return Batch(self.inputs[images], self.targets[images], tuple(samples))
+
 
 @dataclass(frozen=True)
 class Subject:

@@ -35,7 +35,7 @@ import torch
 
 from tasks.batches import aligned_batches
 from tasks.block import Block
-from tasks.finite import require_finite
+from tasks.finite import require_finite, require_logits
 from tasks.head import Head, logits_and_features, subject_head
 from tasks.jacobian import forward, slope
 from tasks.measurement import (
@@ -110,13 +110,8 @@ class RelativeFlatness(Measurement):
     def _values(self, subject: Subject, batch: Batch, head: Head) -> torch.Tensor:
         """|phi|^2 tr(W W^T H_z) of each image, (B,) float64."""
         raw, features = logits_and_features(subject.model, head, batch.inputs)
-        require_finite(subject.model, batch.inputs, raw, batch.samples)
+        require_logits(subject.model, batch, raw)
         logits, targets = raw.double(), batch.targets.double()
-        if logits.shape[1] != targets.shape[1]:
-            raise MeasurementError(
-                f"{_NAME}: expected {targets.shape[1]} outputs, one per class of the data set, "
-                f"found {logits.shape[1]}. Use the data set that the network was trained for."
-            )
         value = torch.zeros_like(logits[:, 0])
         widths = [subject.model.get_submodule(name).in_features for name in head.names]
         for weight, phi in zip(

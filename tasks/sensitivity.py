@@ -28,15 +28,14 @@ import torch
 from tasks.adversarial import NUM_STEPS, adversarial_ratios
 from tasks.batches import aligned_batches
 from tasks.block import Block
-from tasks.finite import require_finite
-from tasks.jacobian import dense_jacobian, forward, jacobian_batch
+from tasks.finite import checked_jacobian, require_finite
+from tasks.jacobian import dense_jacobian, forward
 from tasks.lanczos import Apply, Eigenvalues, lanczos, power_iteration
 from tasks.measurement import (
     Batch,
     Columns,
     Estimate,
     Measurement,
-    MeasurementError,
     Row,
     Status,
     Subject,
@@ -215,16 +214,7 @@ _METHODS: dict[str, Callable[[NormalizedMls, Subject, Batch, float], _Sigmas]] =
 
 def _operator(subject: Subject, batch: Batch, active: np.ndarray) -> Apply:
     """The product u -> J J^T u for some images of a batch."""
-    images = batch.inputs if len(active) == len(batch.samples) else batch.inputs[active]
-    jacobian = jacobian_batch(subject.model, images, subject.output)
-    names = tuple(batch.samples[i] for i in active)
-    require_finite(subject.model, images, jacobian.logits, names)
-    if jacobian.logits.shape[1] != batch.targets.shape[1]:
-        raise MeasurementError(
-            f"expected {batch.targets.shape[1]} outputs, one per class of the data set, found "
-            f"{jacobian.logits.shape[1]}. Use the data set that the network was trained for."
-        )
-    return jacobian.gram
+    return checked_jacobian(subject, batch.part(active)).gram
 
 
 def _starts(subject: Subject, batch: Batch) -> torch.Tensor:

@@ -76,7 +76,7 @@ def skip_sigmas(
                 memory_gib=memory_gib,
                 among=shared,
             )
-            for half in (_part(batch, slice(count // 2)), _part(batch, slice(count // 2, count)))
+            for half in (batch.part(slice(count // 2)), batch.part(slice(count // 2, count)))
         ]
         return {name: np.concatenate([half[name] for half in halves]) for name in halves[0]}
     found: dict[str, np.ndarray] = {}
@@ -137,10 +137,6 @@ def _differ(total: torch.Tensor, path: torch.Tensor) -> bool:
 def _row_bytes(activation: torch.Tensor, num_rows: int) -> int:
     """Rows of a layer, both kinds in float64."""
     return 2 * 8 * num_rows * activation.numel()
-
-
-def _part(batch: Batch, images: slice) -> Batch:
-    return Batch(batch.inputs[images], batch.targets[images], batch.samples[images])
 
 
 def _groups(
