@@ -63,7 +63,6 @@ class Network:
     length: Array
     total: Array
     layer_sigma: Array
-    layer_frobenius: Array
     layer_log_volume: Array
     layer_rank: Array
     layer_length: Array

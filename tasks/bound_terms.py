@@ -41,6 +41,7 @@ from tasks.layer_graph import LayerGraph
 from tasks.layer_rows import IMAGE, checked_graph
 from tasks.layers import Layer
 from tasks.measurement import Batch, Subject
+from tasks.parameter_norms import NORMS_COST
 from tasks.plain_layers import is_plain
 from tasks.positions import input_positions, output_positions
 from tasks.skips import skip_sigmas
@@ -62,12 +63,10 @@ class Terms:
 
     Attributes:
         values: Quantity -> layer name or ``WHOLE`` -> (B,) float64.
-        num_rows: Backward passes of one set.
         forward_equivalents: Work per image in no-grad forwards.
     """
 
     values: dict[str, dict[str, np.ndarray]]
-    num_rows: int
     forward_equivalents: float
 
 
@@ -93,8 +92,8 @@ def bound_terms(subject: Subject, batch: Batch, *, memory_gib: float) -> Terms:
     if first is not None:
         values |= _input_invariant(graph, head, first)
     values["skip_sigma"] = skip_sigmas(subject, batch, graph, head, memory_gib=memory_gib)
-    work = found.forward_equivalents + 1.4 * (norms.num_rows + found.num_rows)
-    return Terms(values, norms.num_rows, work)
+    work = found.forward_equivalents + NORMS_COST * (norms.num_rows + found.num_rows)
+    return Terms(values, work)
 
 
 def first_layer(graph: LayerGraph, images: torch.Tensor) -> int | None:
@@ -133,7 +132,7 @@ def _spectral(found: Spectra) -> dict[str, dict[str, np.ndarray]]:
             logs = np.where(kept, np.log(np.where(kept, s, 1.0)), 0.0).sum(1)
         terms = {
             "path_sigma": s[:, 0],
-            "path_frobenius": np.linalg.norm(s, axis=1),
+            "path_frobenius": found.frobenius(name),
             "path_log_volume": np.where(rank > 0, logs, -np.inf),
             "path_rank": rank.astype(np.float64),
             "path_rank_is_clear": clear.astype(np.float64),

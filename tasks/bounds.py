@@ -179,7 +179,6 @@ def network_of(rows: Columns) -> Network:
         length=whole("input_norm"),
         total=whole("weight_gradient"),
         layer_sigma=by_layer("path_sigma"),
-        layer_frobenius=frobenius,
         layer_log_volume=by_layer("path_log_volume"),
         layer_rank=by_layer("path_rank"),
         layer_length=by_layer("input_norm"),

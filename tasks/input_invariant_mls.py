@@ -30,12 +30,10 @@ import torch
 from tasks.batches import aligned_batches
 from tasks.block import Block
 from tasks.finite import checked_jacobian
+from tasks.jacobian import DOUBLE_GRAPH_COST, JVP_COST
 from tasks.jacobian_moments import (
-    DOUBLE_GRAPH_COST,
     FEW_ROWS,
-    JVP_COST,
     jacobian_moments,
-    moment_mean,
     predicted_cost,
     probed_status,
 )
@@ -50,6 +48,7 @@ from tasks.layer_rows import (
 )
 from tasks.measurement import Batch, Columns, Estimate, Measurement, Row, Status, Subject
 from tasks.outline import Outline
+from tasks.sample_mean import sample_mean
 from tasks.self_test import self_test
 
 _NAME = "input_invariant_mls"
@@ -102,7 +101,7 @@ class InputInvariantMls(Measurement):
 
     def summarize(self, rows: Columns) -> list[Estimate]:
         """Means over images with Student intervals; ``stderr_draws`` is the probes' part."""
-        return [moment_mean(rows, quantity) for quantity in self.quantities]
+        return [sample_mean(rows, quantity) for quantity in self.quantities]
 
     def forward_equivalents(self, network: Outline) -> float:
         """Predicted work per image; probes as trained networks need them."""

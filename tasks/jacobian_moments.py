@@ -8,22 +8,16 @@ Shapes: B images, N outputs, M input scalars.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from tasks.deflated import PROBES, STEPS, deflated_moments
 from tasks.finite import checked_jacobian
-from tasks.jacobian import JacobianBatch
-from tasks.measurement import Batch, Columns, Estimate, Status, Subject
+from tasks.jacobian import DOUBLE_GRAPH_COST, JVP_COST, VJP_COST, JacobianBatch, unit_scale
+from tasks.measurement import Batch, Status, Subject
 from tasks.random import generator
-from tasks.sample_mean import sample_mean
-
-# Costs in no-grad forwards of one image, measured on ViT-Ti and ViT-S (CPU, batch 8).
-DOUBLE_GRAPH_COST = 2.3  # forward with math attention and the graph of its backward
-VJP_COST = 1.2
-JVP_COST = 1.4
 
 # Up to here all rows cost no more than probes to 2 %; chosen.
 FEW_ROWS = 64
@@ -79,7 +73,7 @@ def jacobian_moments(
     def make(active: np.ndarray) -> _WeightedJacobian:
         jacobian = checked_jacobian(subject, batch.part(active))
         operator = _WeightedJacobian(
-            jacobian, _unit(jacobian.slope), None if weight is None else weight[active]
+            jacobian, unit_scale(jacobian.slope), None if weight is None else weight[active]
         )
         unit[active] = operator.unit.cpu().numpy()
         return operator
@@ -105,18 +99,6 @@ def jacobian_moments(
         + (VJP_COST + JVP_COST) * found.num_steps
         + VJP_COST * found.num_probes,
     )
-
-
-def moment_mean(rows: Columns, quantity: str) -> Estimate:
-    """``sample_mean`` with the part of its error that comes from the probes, if there were any."""
-    estimate = sample_mean(rows, quantity)
-    chosen = np.asarray(rows["quantity"]) == quantity
-    order = np.argsort(np.asarray(rows["sample"])[chosen].astype(np.int64), kind="stable")
-    stderr = np.asarray(rows["stderr"])[chosen][order].astype(np.float64)
-    missed = Status.TARGET_NOT_REACHED.value in np.asarray(rows["status"])[chosen].astype(str)
-    if estimate.status is Status.OK and missed:
-        estimate = replace(estimate, status=Status.TARGET_NOT_REACHED)
-    return replace(estimate, stderr_draws=float(np.linalg.norm(stderr) / len(stderr)))
 
 
 def probed_status(value: float, *, converged: bool) -> Status:
@@ -157,9 +139,3 @@ class _WeightedJacobian:
 
     def _weighted(self, rows: torch.Tensor) -> torch.Tensor:
         return rows if self.weight is None else rows * self.weight
-
-
-def _unit(slope: torch.Tensor) -> torch.Tensor:
-    largest = slope.amax(1)
-    power = torch.exp2(torch.frexp(largest).exponent.to(largest.dtype) - 1)
-    return torch.where(largest > 0, power, torch.ones_like(largest))

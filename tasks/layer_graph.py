@@ -103,10 +103,7 @@ class LayerGraph:
                 built with ``parameters=True``.
         """
         weighted = self.slope * cotangents.double()
-        largest = weighted.abs().amax(2)
-        usable = (largest > 0) & torch.isfinite(largest)
-        power = torch.exp2(torch.frexp(largest).exponent.double() - 1)
-        scale = torch.where(usable, power, torch.ones_like(power))
+        scale = unit_scale(weighted.flatten(0, 1)).unflatten(0, weighted.shape[:2])
         wanted = [self._images] if images else []
         wanted += [self._input_zeros[k] for k in inputs] + [self._output_zeros[k] for k in outputs]
         wanted += list(self._copies.values()) if others else []

@@ -27,7 +27,7 @@ import torch
 
 from tasks.batches import aligned_batches
 from tasks.block import Block
-from tasks.lanczos import lanczos
+from tasks.certified import certified_sigma, unit_starts
 from tasks.layer_graph import LayerGraph
 from tasks.layer_rows import (
     GRAPH_COST,
@@ -176,23 +176,20 @@ def _by_rows(settings: Nmls, subject: Subject, batch: Batch) -> _Sigmas:
 
 def _by_lanczos(settings: Nmls, subject: Subject, batch: Batch) -> _Sigmas:
     defect = _ALLOWANCE * self_test(subject).defect
-    # As for the images' sigma_1: rounding takes its share of the tolerance, but not more than all.
-    available = (settings.tolerance - 2 * defect) / (1 + defect)
     graph = checked_graph(subject, batch)
     result = _Sigmas({}, {}, {}, {}, {}, 1, np.full(len(batch.samples), GRAPH_COST))
     for k, layer in enumerate(graph.layers):
-        found = lanczos(
+        generators = [generator(subject.seed, "nmls", i, layer.name) for i in batch.samples]
+        found = certified_sigma(
             _operators(graph, k),
-            _starts(subject, batch, layer.name),
-            tolerance=available if available > 0 else settings.tolerance,
+            unit_starts(generators, batch.targets),
+            defect=defect,
+            tolerance=settings.tolerance,
             failure_probability=settings.failure_probability,
             max_iterations=settings.max_iterations,
         )
-        value = np.sqrt(found.lower)
-        lower, upper = np.maximum(value * (1 - defect), 0), np.sqrt(found.upper) * (1 + defect)
-        narrow = upper - lower <= settings.tolerance * value * (1 + 1e-9)  # rounding of this line
-        result.value[layer.name], result.lower[layer.name] = value, lower
-        result.upper[layer.name], result.converged[layer.name] = upper, narrow
+        result.value[layer.name], result.lower[layer.name] = found.value, found.lower
+        result.upper[layer.name], result.converged[layer.name] = found.upper, found.converged
         result.num_iterations[layer.name] = found.num_iterations
         # Images that are done stay in the batch: a graph without them would cost more.
         result.forward_equivalents[:] += _PULLBACK_COST + _STEP_COST * found.num_iterations.max()
@@ -220,14 +217,6 @@ def _operators(
         return apply
 
     return make
-
-
-def _starts(subject: Subject, batch: Batch, layer: str) -> torch.Tensor:
-    """One start per image on the unit sphere of outputs, keyed by sample and layer."""
-    generators = [generator(subject.seed, "nmls", sample, layer) for sample in batch.samples]
-    size = batch.targets.shape[1]
-    normals = [torch.randn(size, generator=g, dtype=torch.float64) for g in generators]
-    return torch.nn.functional.normalize(torch.stack(normals), dim=1).to(batch.inputs.device)
 
 
 def _lanczos_cost(num_layers: int, steps: int) -> float:

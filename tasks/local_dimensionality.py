@@ -29,13 +29,13 @@ from tasks.block import Block
 from tasks.jacobian_moments import (
     FEW_ROWS,
     jacobian_moments,
-    moment_mean,
     predicted_cost,
     probed_status,
 )
 from tasks.layer_rows import GRAPH_COST, IMAGE, ROW_COST, memory_text, num_rows
 from tasks.measurement import Batch, Columns, Estimate, Measurement, Row, Status, Subject
 from tasks.outline import Outline
+from tasks.sample_mean import sample_mean
 from tasks.self_test import self_test
 from tasks.spectra import spectra
 
@@ -89,7 +89,7 @@ class LocalDimensionality(Measurement):
 
     def summarize(self, rows: Columns) -> list[Estimate]:
         """Means over images with Student intervals; ``stderr_draws`` is the probes' part."""
-        return [moment_mean(rows, quantity) for quantity in self.quantities]
+        return [sample_mean(rows, quantity) for quantity in self.quantities]
 
     def forward_equivalents(self, network: Outline) -> float:
         """Predicted work per image; probes as trained networks need them."""

@@ -25,6 +25,9 @@ from tasks.positions import input_positions, output_positions
 from tasks.random import generator
 from tasks.replaced import replaced
 
+# In no-grad forwards of one image: a backward pass to all layers and parameters (ViT-S, CPU).
+NORMS_COST = 1.4
+
 # Forming the gradient costs T d h, Gram matrices T^2 (d + h) in float64: they must save at least
 # half.
 _GRAM_ADVANTAGE = 2

@@ -8,8 +8,19 @@ with ``hash`` (salted per process) and not by adding integers (neighbouring seed
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
+
+
+def normal_vectors(generators: Sequence[torch.Generator], size: int) -> torch.Tensor:
+    """One vector of standard normals from each generator, (B, size) float64 on the CPU.
+
+    Args:
+        generators: On the CPU, so that neither device nor batch decides the numbers.
+        size: Length of a vector.
+    """
+    return torch.stack([torch.randn(size, generator=g, dtype=torch.float64) for g in generators])
 
 
 def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:

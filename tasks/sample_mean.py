@@ -19,7 +19,9 @@ def sample_mean(rows: Columns, quantity: str) -> Estimate:
 
     Returns:
         Estimate in units of the quantity, the same bytes for every order of the rows. A NaN row
-        makes it NaN with status ``not_finite``; a single image has no standard error (NaN).
+        makes it NaN with status ``not_finite``; a single image has no standard error (NaN). Where
+        rows have a standard error of their own (random probes), ``stderr_draws`` is what these
+        amount to in the mean; else NaN.
 
     Raises:
         ValueError: If there is no row of this quantity.
@@ -32,7 +34,7 @@ def sample_mean(rows: Columns, quantity: str) -> Estimate:
     def column(name: str) -> np.ndarray:
         return np.asarray(rows[name])[chosen].astype(np.float64)
 
-    values = column("value")
+    values, errors = column("value"), column("stderr")
     count = len(values)
     mean, stderr, half = float(np.mean(values)), float("nan"), float("nan")
     if count > 1:
@@ -42,7 +44,10 @@ def sample_mean(rows: Columns, quantity: str) -> Estimate:
     with np.errstate(invalid="ignore"):
         error_bound = float(np.mean(column("upper") - column("lower")) / 2)
     statuses = set(np.asarray(rows["status"])[chosen].astype(str))
-    order = (Status.NOT_FINITE, Status.NOT_CONVERGED, Status.UNCLEAR_RANK, Status.CONSTANT_INPUT)
+    order = (
+        Status.NOT_FINITE, Status.NOT_CONVERGED, Status.UNCLEAR_RANK, Status.CONSTANT_INPUT,
+        Status.TARGET_NOT_REACHED,
+    )  # fmt: skip
     return Estimate(
         quantity=quantity,
         value=mean,
@@ -51,6 +56,7 @@ def sample_mean(rows: Columns, quantity: str) -> Estimate:
         ci_high=mean + half,
         num_samples=count,
         num_rows=count,
+        stderr_draws=np.nan if np.isnan(errors).any() else float(np.linalg.norm(errors) / count),
         error_bound=error_bound,
         num_probes=int(column("num_probes").sum()),
         forward_equivalents=float(column("forward_equivalents").sum()),

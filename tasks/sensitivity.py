@@ -28,9 +28,10 @@ import torch
 from tasks.adversarial import NUM_STEPS, adversarial_ratios
 from tasks.batches import aligned_batches
 from tasks.block import Block
+from tasks.certified import Certified, certified_sigma, unit_starts
 from tasks.finite import checked_jacobian, require_finite
-from tasks.jacobian import dense_jacobian, forward
-from tasks.lanczos import Apply, Eigenvalues, lanczos, power_iteration
+from tasks.jacobian import DOUBLE_GRAPH_COST, JVP_COST, VJP_COST, dense_jacobian, forward
+from tasks.lanczos import Apply, power_iteration
 from tasks.measurement import (
     Batch,
     Columns,
@@ -46,8 +47,7 @@ from tasks.sample_mean import sample_mean
 from tasks.self_test import self_test
 
 # Costs in no-grad forwards of one image, measured on ViT-Ti and ViT-S (CPU, batch 8).
-_GRAPH_COST = 2.3  # forward with math attention and the backward graph of the double graph
-_STEP_COST = 2.6  # one transposed product and one product on it
+_STEP_COST = VJP_COST + JVP_COST
 _ROW_COST = 1.25  # one transposed product on a single graph
 _MATH_FORWARD_COST = 1.06
 _FORWARD_BACKWARD_COST = 2.2
@@ -119,8 +119,8 @@ class NormalizedMls(Measurement):
         """Predicted work per image, from ``_TYPICAL_STEPS`` where it depends on the network."""
         steps = min(self.max_iterations, network.num_outputs, _TYPICAL_STEPS)
         return {
-            "lanczos": _GRAPH_COST + _STEP_COST * steps,
-            "power": _GRAPH_COST + _STEP_COST * self.max_iterations,
+            "lanczos": DOUBLE_GRAPH_COST + _STEP_COST * steps,
+            "power": DOUBLE_GRAPH_COST + _STEP_COST * self.max_iterations,
             "dense": _MATH_FORWARD_COST + _ROW_COST * network.num_outputs,
             "authors": 1 + _FORWARD_BACKWARD_COST * NUM_STEPS,
         }[self.method]
@@ -140,21 +140,15 @@ class _Sigmas:
 
 
 def _by_lanczos(settings: NormalizedMls, subject: Subject, batch: Batch, defect: float) -> _Sigmas:
-    # The interval is [root (1 - defect), root_upper (1 + defect)]; its width relative to the root
-    # must be within the tolerance, so the iteration stops earlier by the share that rounding takes.
-    # Where rounding alone exceeds the tolerance more steps cannot help.
-    available = (settings.tolerance - 2 * defect) / (1 + defect)
-    found = lanczos(
+    found = certified_sigma(
         functools.partial(_operator, subject, batch),
         _starts(subject, batch),
-        tolerance=available if available > 0 else settings.tolerance,
+        defect=defect,
+        tolerance=settings.tolerance,
         failure_probability=settings.failure_probability,
         max_iterations=settings.max_iterations,
     )
-    value = np.sqrt(found.lower)
-    lower, upper = value * (1 - defect), np.sqrt(found.upper) * (1 + defect)
-    narrow = upper - lower <= settings.tolerance * value * (1 + 1e-9)  # rounding of this line
-    return _iterated(found, value, np.maximum(lower, 0), upper, narrow)
+    return _iterated(found)
 
 
 def _by_power(settings: NormalizedMls, subject: Subject, batch: Batch, defect: float) -> _Sigmas:
@@ -166,7 +160,7 @@ def _by_power(settings: NormalizedMls, subject: Subject, batch: Batch, defect: f
     )
     value = np.sqrt(np.maximum(found.lower, 0))
     lower = np.maximum(value * (1 - defect), 0)
-    return _iterated(found, value, lower, found.upper, found.converged)
+    return _iterated(Certified(value, lower, found.upper, found.converged, found.num_iterations))
 
 
 def _by_dense(settings: NormalizedMls, subject: Subject, batch: Batch, defect: float) -> _Sigmas:
@@ -219,21 +213,15 @@ def _operator(subject: Subject, batch: Batch, active: np.ndarray) -> Apply:
 
 def _starts(subject: Subject, batch: Batch) -> torch.Tensor:
     """One start per image on the unit sphere of outputs, (B, N) float64, keyed by the sample."""
-    size = batch.targets.shape[1]
     generators = [generator(subject.seed, "normalized_mls", sample) for sample in batch.samples]
-    normals = [torch.randn(size, generator=g, dtype=torch.float64) for g in generators]
-    return torch.nn.functional.normalize(torch.stack(normals), dim=1).to(batch.inputs.device)
+    return unit_starts(generators, batch.targets)
 
 
-def _iterated(
-    found: Eigenvalues,
-    value: np.ndarray,
-    lower: np.ndarray,
-    upper: np.ndarray,
-    converged: np.ndarray,
-) -> _Sigmas:
-    cost = _GRAPH_COST + _STEP_COST * found.num_iterations
-    return _Sigmas(value, lower, upper, converged, found.num_iterations, 1, cost)
+def _iterated(found: Certified) -> _Sigmas:
+    cost = DOUBLE_GRAPH_COST + _STEP_COST * found.num_iterations
+    return _Sigmas(
+        found.value, found.lower, found.upper, found.converged, found.num_iterations, 1, cost
+    )
 
 
 def _rows(result: _Sigmas, i: int, sample: int, norm: float, seconds: float) -> list[Row]:

@@ -28,7 +28,6 @@ from dataclasses import replace
 from functools import partial
 from typing import ClassVar, Literal
 
-import numpy as np
 import pydantic
 import torch
 
@@ -36,17 +35,14 @@ from tasks.batches import aligned_batches
 from tasks.block import Block
 from tasks.exact_norms import jacobian_norms, rows_at_once
 from tasks.head import subject_head
-from tasks.layer_rows import checked_graph
+from tasks.layer_rows import GRAPH_COST, checked_graph, num_rows
 from tasks.matrix_normalized import LAYER_SHARPNESS, matrix_normalized, norm_row
-from tasks.measurement import Columns, Estimate, Measurement, Row, Status, Subject
+from tasks.measurement import Batch, Columns, Estimate, Measurement, Row, Status, Subject
 from tasks.outline import Outline
-from tasks.parameter_norms import check_coverage, parameter_norms
+from tasks.parameter_norms import NORMS_COST, check_coverage, parameter_norms
 from tasks.random import generator
 from tasks.sample_mean import layer_means, sample_mean
 
-# Costs in no-grad forwards of one image (ViT-S, CPU): the graph, and a backward pass to everything.
-_GRAPH_COST = 3.0
-_ROW_COST = 1.4
 _MAX_EXACT_ROWS = 32  # more rows than that buy less than more images would; chosen
 
 _NAME = "sharpness"
@@ -93,26 +89,24 @@ class Sharpness(Measurement):
         batch = subject.batch(samples)
         graph = checked_graph(subject, batch, parameters=True)
         head = subject_head(subject, batch.inputs)
-        width = graph.slope.shape[1]
-        num_rows = width if head is None else min(width, head.weight.shape[1])
         at_once = rows_at_once(graph)
         lengths = torch.stack([x.double().square().flatten(1).sum(1) for x in graph.inputs])
-        if self._is_exact(num_rows):
+        if self._is_exact(num_rows(subject, batch)):
             exact = jacobian_norms(graph, head, at_once=at_once)
             total, weights = exact.total[None], exact.weights[None]
             untied = exact.outputs[None] * lengths
-            num_rows, num_probes = exact.num_rows, 0
+            passes, num_probes = exact.num_rows, 0
         else:
-            probes = _signs(subject, samples, width, self.num_probes).to(graph.slope.device)
+            probes = _signs(subject, batch, self.num_probes).to(graph.slope.device)
             norms = parameter_norms(graph, probes, at_once=at_once)
             total, weights, untied = norms.total, norms.weights, norms.outputs * lengths
-            num_rows = num_probes = self.num_probes
+            passes = num_probes = self.num_probes
         untied_total = untied.sum(1)
         seconds = (time.perf_counter() - started) / len(samples)
         row = partial(_row, num_probes=num_probes, dtype=graph.logits.dtype)
         rows: list[Row] = []
         for i, sample in enumerate(samples):
-            work = _GRAPH_COST + _ROW_COST * num_rows
+            work = GRAPH_COST + NORMS_COST * passes
             rows.append(row(_NAME, total[:, i], sample, work=work, seconds=seconds))
             rows.append(row(_UNTIED, untied_total[:, i], sample))
             rows += [
@@ -129,15 +123,19 @@ class Sharpness(Measurement):
 
         ``stderr_draws`` is the part of the standard error that the probes make.
         """
-        total = _with_probe_error(sample_mean(rows, _NAME), rows)
-        untied = _with_probe_error(sample_mean(rows, _UNTIED), rows)
-        layers = [_with_probe_error(e, rows) for e in layer_means(rows, LAYER_SHARPNESS)]
-        return [total, _root(total), untied, matrix_normalized(rows), *layers]
+        total = sample_mean(rows, _NAME)
+        return [
+            total,
+            _root(total),
+            sample_mean(rows, _UNTIED),
+            matrix_normalized(rows),
+            *layer_means(rows, LAYER_SHARPNESS),
+        ]
 
     def forward_equivalents(self, network: Outline) -> float:
         """Backward passes per image, each to all layers and parameters."""
         exact = self._is_exact(network.jacobian_rows)
-        return _GRAPH_COST + _ROW_COST * (network.jacobian_rows if exact else self.num_probes)
+        return GRAPH_COST + NORMS_COST * (network.jacobian_rows if exact else self.num_probes)
 
     def note(self, network: Outline) -> str:
         """What ``auto`` chose."""
@@ -152,25 +150,15 @@ class Sharpness(Measurement):
         return self.method == "exact" or (self.method == "auto" and num_rows <= _MAX_EXACT_ROWS)
 
 
-def _signs(subject: Subject, samples: range, width: int, count: int) -> torch.Tensor:
+def _signs(subject: Subject, batch: Batch, count: int) -> torch.Tensor:
     """Random signs (R, B, N) float64, keyed by the sample and the probe."""
-    shape = (width,)
-    return (
-        torch.stack(
-            [
-                torch.stack(
-                    [
-                        torch.randint(2, shape, generator=generator(subject.seed, _NAME, i, r))
-                        for i in samples
-                    ]
-                )
-                for r in range(count)
-            ]
-        )
-        .double()
-        .mul_(2)
-        .sub_(1)
-    )
+    size = batch.targets.shape[1]
+    bits = [
+        torch.randint(2, (size,), generator=generator(subject.seed, _NAME, sample, probe))
+        for probe in range(count)
+        for sample in batch.samples
+    ]
+    return 2 * torch.stack(bits).double().unflatten(0, (count, -1)) - 1
 
 
 def _row(
@@ -205,17 +193,6 @@ def _row(
         forward_equivalents=work,
         seconds=seconds,
     )
-
-
-def _with_probe_error(estimate: Estimate, rows: Columns) -> Estimate:
-    """The estimate with the part of its standard error that the probes make."""
-    if not estimate.num_probes:
-        return estimate
-    chosen = np.asarray(rows["quantity"]) == estimate.quantity
-    if estimate.layer is not None:
-        chosen &= np.asarray(rows["layer"]) == estimate.layer
-    errors = np.sort(np.asarray(rows["stderr"])[chosen].astype(np.float64))
-    return replace(estimate, stderr_draws=float(np.sqrt(np.sum(errors**2)) / len(errors)))
 
 
 def _root(estimate: Estimate) -> Estimate:

@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 from tasks.head import Head, output_basis
-from tasks.jacobian import forward
+from tasks.jacobian import forward, unit_scale
 from tasks.layer_graph import LayerGraph, layer_graph
 from tasks.measurement import Batch, Subject
-from tasks.random import generator
+from tasks.random import generator, normal_vectors
 
 _NORM_ROUNDING = 32 * torch.finfo(torch.float64).eps  # of ‖K‖_2 and ‖J‖_2, relative; chosen
 _ROUNDING = 1e-4  # relative difference of gradients or activations that is rounding; chosen
@@ -100,8 +100,7 @@ def _both(
     if not activations:
         return {}
     weighted = graph.slope * u
-    largest = weighted.abs().amax(1, keepdim=True)
-    scale = torch.where(largest > 0, largest, 1.0)
+    scale = unit_scale(weighted)[:, None]
     totals = torch.autograd.grad(
         logits,
         list(activations.values()),
@@ -122,12 +121,8 @@ def _both(
 
 def _random_cotangent(subject: Subject, batch: Batch, graph: LayerGraph) -> torch.Tensor:
     """One normal cotangent per image, (B, N) float64: nothing a network computes is orthogonal."""
-    size = graph.slope.shape[1]
-    normals = [
-        torch.randn(size, generator=generator(subject.seed, "skips", i), dtype=torch.float64)
-        for i in batch.samples
-    ]
-    return torch.stack(normals).to(graph.slope.device)
+    generators = [generator(subject.seed, "skips", i) for i in batch.samples]
+    return normal_vectors(generators, graph.slope.shape[1]).to(graph.slope.device)
 
 
 def _differ(total: torch.Tensor, path: torch.Tensor) -> bool:
