@@ -19,111 +19,52 @@ after Lanczos steps took the top of the spectrum out, and states an error (``tas
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import replace
 from typing import ClassVar, Literal
 
 import numpy as np
-import pydantic
 import torch
 
-from tasks.batches import aligned_batches
-from tasks.block import Block
 from tasks.finite import checked_jacobian
 from tasks.jacobian import DOUBLE_GRAPH_COST, JVP_COST
 from tasks.jacobian_moments import (
-    FEW_ROWS,
     jacobian_moments,
-    predicted_cost,
     probed_status,
 )
 from tasks.layer_rows import (
-    GRAPH_COST,
     IMAGE,
-    ROW_COST,
-    memory_text,
-    num_rows,
     plan_rows,
     reduce_rows,
 )
-from tasks.measurement import Batch, Columns, Estimate, Measurement, Row, Status, Subject
-from tasks.outline import Outline
-from tasks.sample_mean import sample_mean
-from tasks.self_test import self_test
+from tasks.measurement import Batch, Row, Status, Subject
+from tasks.rows_or_probes import RowsOrProbes
 
 _NAME = "input_invariant_mls"
 _AUTHORS_NAME = "input_invariant_mls_jvp_x"
-_ALLOWANCE = 4  # interval widening in units of the self-test's defect; chosen
 
 
-class InputInvariantMls(Measurement):
+class InputInvariantMls(RowsOrProbes):
     """Settings of the input-invariant sensitivity.
 
     Attributes:
         method: ``exact`` computes the rows that span J. ``hutchinson`` samples and has an error
             per image. ``auto`` takes ``exact`` for up to 64 rows (outputs, or features of the
             linear head if fewer), where it costs no more.
-        target_relative_stderr: Of each image (``hutchinson``). The error of the mean over n images
-            that comes from probes is the root of n smaller.
-        max_draws: Probes per image at most (``hutchinson``).
-        memory_gib: Rows held at once, in GiB (``exact``). Less memory means more passes.
     """
 
     metric: ClassVar[str] = _NAME
     version: ClassVar[int] = 1
     quantities: ClassVar[tuple[str, ...]] = (_NAME, _AUTHORS_NAME)
-    coverage_fields: ClassVar[frozenset[str]] = frozenset({"memory_gib"})
+    probe_overhead: ClassVar[float] = DOUBLE_GRAPH_COST + JVP_COST  # one product: the authors' form
 
-    method: Literal["auto", "exact", "hutchinson"] = "auto"
-    target_relative_stderr: float = pydantic.Field(default=0.02, gt=0)
-    max_draws: int = pydantic.Field(default=128, ge=8)
-    memory_gib: float = pydantic.Field(default=2.0, gt=0)
+    method: Literal["auto", "exact", "hutchinson"] = "auto"  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    def measure(self, subject: Subject, block: Block) -> list[Row]:
-        """Two rows per image; work and time are on the ``input_invariant_mls`` row of the pair.
+    def exact_rows(self, subject: Subject, batch: Batch, defect: float) -> list[Row]:
+        """From all rows, with intervals for their rounding."""
+        return _exact_rows(subject, batch, defect, self.memory_gib)
 
-        Raises:
-            MeasurementError: If the network fails the self-test, gives NaN for an image, or the
-                rows of one image take more than ``memory_gib`` (``exact``).
-        """
-        defect = _ALLOWANCE * self_test(subject).defect
-        rows: list[Row] = []
-        for chunk in aligned_batches(block.samples, subject.batch_size):
-            started = time.perf_counter()
-            batch = subject.batch(chunk)
-            if self._resolved(num_rows(subject, batch)) == "exact":
-                found = _exact_rows(subject, batch, defect, self.memory_gib)
-            else:
-                found = self._probe_rows(subject, batch, defect)
-            seconds = (time.perf_counter() - started) / len(chunk)
-            rows += [replace(r, seconds=seconds) if r.quantity == _NAME else r for r in found]
-        return rows
-
-    def summarize(self, rows: Columns) -> list[Estimate]:
-        """Means over images with Student intervals; ``stderr_draws`` is the probes' part."""
-        return [sample_mean(rows, quantity) for quantity in self.quantities]
-
-    def forward_equivalents(self, network: Outline) -> float:
-        """Predicted work per image; probes as trained networks need them."""
-        if self._resolved(network.jacobian_rows) == "exact":
-            return GRAPH_COST + ROW_COST * network.jacobian_rows
-        return predicted_cost(self.max_draws) + DOUBLE_GRAPH_COST + JVP_COST
-
-    def note(self, network: Outline) -> str:
-        """The method that ``auto`` takes, and the memory of one image."""
-        exact = self._resolved(network.jacobian_rows) == "exact"
-        count = network.jacobian_rows if exact else self.max_draws
-        size = int(np.prod(network.data_config["input_size"]))
-        what = "exact rows" if exact else "probes at most"
-        return f"{count} {what}, {memory_text(count, size)} per image"
-
-    def _resolved(self, rows: int) -> str:
-        """``exact`` or ``hutchinson``: a function of the settings and the network's sizes alone."""
-        if self.method != "auto":
-            return self.method
-        return "exact" if rows <= FEW_ROWS else "hutchinson"
-
-    def _probe_rows(self, subject: Subject, batch: Batch, defect: float) -> list[Row]:
+    def probe_rows(self, subject: Subject, batch: Batch, defect: float) -> list[Row]:
+        """With a standard error per image."""
         found = jacobian_moments(
             subject,
             batch,
@@ -147,9 +88,7 @@ class InputInvariantMls(Measurement):
                     status=probed_status(value, converged=value == 0 or bool(found.converged[i])),
                     num_iterations=int(found.num_steps[i]),
                     num_probes=int(found.num_probes[i]),
-                    forward_equivalents=float(found.forward_equivalents[i])
-                    + DOUBLE_GRAPH_COST
-                    + JVP_COST,
+                    forward_equivalents=float(found.forward_equivalents[i]) + self.probe_overhead,
                 ),
                 _authors_row(float(authors[i]), value, batch.inputs[0].numel(), sample, defect),
             ]

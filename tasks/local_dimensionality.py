@@ -17,101 +17,45 @@ steps, samples the rest and states a standard error for each image (``tasks.defl
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from typing import ClassVar, Literal
 
 import numpy as np
-import pydantic
 
-from tasks.batches import aligned_batches
-from tasks.block import Block
 from tasks.jacobian_moments import (
-    FEW_ROWS,
     jacobian_moments,
-    predicted_cost,
     probed_status,
 )
-from tasks.layer_rows import GRAPH_COST, IMAGE, ROW_COST, memory_text, num_rows
-from tasks.measurement import Batch, Columns, Estimate, Measurement, Row, Status, Subject
-from tasks.outline import Outline
-from tasks.sample_mean import sample_mean
-from tasks.self_test import self_test
+from tasks.layer_rows import IMAGE
+from tasks.measurement import Batch, Row, Status, Subject
+from tasks.rows_or_probes import RowsOrProbes
 from tasks.spectra import spectra
 
 _NAME = "local_dimensionality"
 _NORM_NAME = "jacobian_norm_squared"
-_ALLOWANCE = 4  # interval widening in units of the self-test's defect; chosen
 
 
-class LocalDimensionality(Measurement):
+class LocalDimensionality(RowsOrProbes):
     """Settings of the participation ratio and the Frobenius norm of the input Jacobian.
 
     Attributes:
         method: ``dense`` computes the rows that span J, exact up to rounding. ``probes`` samples
             and has an error per image. ``auto`` takes ``dense`` for up to 64 rows (outputs, or
             features of the linear head if fewer), where it costs no more.
-        target_relative_stderr: Of each image and quantity (``probes``). The error of the mean over
-            n images that comes from probes is the root of n smaller.
-        max_draws: Probes per image at most (``probes``).
-        memory_gib: Rows held at once, in GiB (``dense``). Less memory means more passes.
     """
 
     metric: ClassVar[str] = _NAME
     version: ClassVar[int] = 1
     quantities: ClassVar[tuple[str, ...]] = (_NAME, _NORM_NAME)
-    coverage_fields: ClassVar[frozenset[str]] = frozenset({"memory_gib"})
 
-    method: Literal["auto", "dense", "probes"] = "auto"
-    target_relative_stderr: float = pydantic.Field(default=0.02, gt=0)
-    max_draws: int = pydantic.Field(default=128, ge=8)
-    memory_gib: float = pydantic.Field(default=2.0, gt=0)
+    method: Literal["auto", "dense", "probes"] = "auto"  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    def measure(self, subject: Subject, block: Block) -> list[Row]:
-        """Two rows per image; work and time are on the ``local_dimensionality`` row of the pair.
+    def exact_rows(self, subject: Subject, batch: Batch, defect: float) -> list[Row]:
+        """From all rows, with intervals for their rounding."""
+        return _dense_rows(subject, batch, defect, self.memory_gib)
 
-        Raises:
-            MeasurementError: If the network fails the self-test, gives NaN for an image, or the
-                rows of one image take more than ``memory_gib`` (``dense``).
-        """
-        defect = _ALLOWANCE * self_test(subject).defect
-        rows: list[Row] = []
-        for chunk in aligned_batches(block.samples, subject.batch_size):
-            started = time.perf_counter()
-            batch = subject.batch(chunk)
-            if self._resolved(num_rows(subject, batch)) == "dense":
-                found = _dense_rows(subject, batch, defect, self.memory_gib)
-            else:
-                found = self._probe_rows(subject, batch)
-            seconds = (time.perf_counter() - started) / len(chunk)
-            rows += [replace(r, seconds=seconds) if r.quantity == _NAME else r for r in found]
-        return rows
-
-    def summarize(self, rows: Columns) -> list[Estimate]:
-        """Means over images with Student intervals; ``stderr_draws`` is the probes' part."""
-        return [sample_mean(rows, quantity) for quantity in self.quantities]
-
-    def forward_equivalents(self, network: Outline) -> float:
-        """Predicted work per image; probes as trained networks need them."""
-        if self._resolved(network.jacobian_rows) == "dense":
-            return GRAPH_COST + ROW_COST * network.jacobian_rows
-        return predicted_cost(self.max_draws)
-
-    def note(self, network: Outline) -> str:
-        """The method that ``auto`` takes, and the memory of one image."""
-        dense = self._resolved(network.jacobian_rows) == "dense"
-        count = network.jacobian_rows if dense else self.max_draws
-        size = int(np.prod(network.data_config["input_size"]))
-        what = "exact rows" if dense else "probes at most"
-        return f"{count} {what}, {memory_text(count, size)} per image"
-
-    def _resolved(self, rows: int) -> str:
-        """``dense`` or ``probes``: a function of the settings and the network's sizes alone."""
-        if self.method != "auto":
-            return self.method
-        return "dense" if rows <= FEW_ROWS else "probes"
-
-    def _probe_rows(self, subject: Subject, batch: Batch) -> list[Row]:
+    def probe_rows(self, subject: Subject, batch: Batch, defect: float) -> list[Row]:
+        """With a standard error per image."""
         found = jacobian_moments(
             subject,
             batch,
