@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import scipy.stats
 
 from tasks.measurement import Estimate, Status
+from tasks.sample_mean import student
 
 
 def linearised(
@@ -40,19 +40,14 @@ def linearised(
     Returns:
         Estimate with a Student interval (95 %); no standard error for a single image.
     """
-    count = len(influence)
-    stderr = half = math.nan
-    if count > 1:
-        with np.errstate(invalid="ignore", over="ignore"):
-            stderr = float(np.std(np.sort(influence), ddof=1) / np.sqrt(count))
-        half = float(scipy.stats.t.ppf(0.975, count - 1)) * stderr
+    stderr, half = student(np.sort(influence))
     return Estimate(
         quantity=quantity,
         value=value,
         stderr=stderr,
         ci_low=value - half,
         ci_high=value + half,
-        num_samples=count,
+        num_samples=len(influence),
         num_rows=num_rows,
         stderr_draws=stderr_draws,
         error_bound=error_bound,

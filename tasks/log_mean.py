@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 import scipy.special
-import scipy.stats
 
 from tasks.measurement import Columns, Estimate
-from tasks.sample_mean import sample_mean
+from tasks.sample_mean import sample_mean, student
 
 
 def log_mean(rows: Columns, quantity: str, *, name: str) -> Estimate:
@@ -38,10 +37,8 @@ def log_mean(rows: Columns, quantity: str, *, name: str) -> Estimate:
     )
     count = len(value)
     result, stderr, half = _log_mean(value), float("nan"), float("nan")
-    if count > 1 and np.isfinite(result):
-        relative = np.exp(value - result)  # in units of the mean
-        stderr = float(np.std(relative, ddof=1) / np.sqrt(count))
-        half = float(scipy.stats.t.ppf(0.975, count - 1)) * stderr
+    if np.isfinite(result):
+        stderr, half = student(np.exp(value - result))  # in units of the mean
     with np.errstate(invalid="ignore"):
         error = (_log_mean(upper) - _log_mean(lower)) / 2
     return Estimate(

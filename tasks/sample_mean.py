@@ -36,11 +36,8 @@ def sample_mean(rows: Columns, quantity: str) -> Estimate:
 
     values, errors = column("value"), column("stderr")
     count = len(values)
-    mean, stderr, half = float(np.mean(values)), float("nan"), float("nan")
-    if count > 1:
-        with np.errstate(invalid="ignore"):  # logarithms of 0 have no spread
-            stderr = float(np.std(values, ddof=1) / np.sqrt(count))
-        half = float(scipy.stats.t.ppf(0.975, count - 1)) * stderr
+    mean = float(np.mean(values))
+    stderr, half = student(values)
     with np.errstate(invalid="ignore"):
         error_bound = float(np.mean(column("upper") - column("lower")) / 2)
     statuses = set(np.asarray(rows["status"])[chosen].astype(str))
@@ -62,6 +59,19 @@ def sample_mean(rows: Columns, quantity: str) -> Estimate:
         forward_equivalents=float(column("forward_equivalents").sum()),
         status=next((status for status in order if status.value in statuses), Status.OK),
     )
+
+
+def student(values: np.ndarray) -> tuple[float, float]:
+    """Standard error of the mean of (n,) values, and half their 95 % Student interval.
+
+    Both NaN for a single value, and where values are infinite (logarithms of 0 have no spread).
+    """
+    count = len(values)
+    if count < 2:
+        return float("nan"), float("nan")
+    with np.errstate(invalid="ignore", over="ignore"):
+        stderr = float(np.std(values, ddof=1) / np.sqrt(count))
+    return stderr, float(scipy.stats.t.ppf(0.975, count - 1)) * stderr
 
 
 def layer_means(rows: Columns, quantity: str) -> list[Estimate]:
