@@ -125,7 +125,7 @@ class Bounds(Measurement):
         largest = max((layer.input_size for layer in network.layers), default=0)
         return (
             f"3 sets of {rows} exact rows through {len(network.layers)} layers, "
-            f"the largest take {memory_text(rows, largest)}"
+            f"the largest take {memory_text(rows, largest, self.memory_gib)}"
         )
 
 

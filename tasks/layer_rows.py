@@ -15,6 +15,7 @@ Shapes: B images, N outputs, R = min(N, features of the head) rows, D inputs of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -141,12 +142,13 @@ def checked_graph(subject: Subject, batch: Batch, *, parameters: bool = False) -
     return graph
 
 
-def memory_text(num_rows: int, size: int) -> str:
-    """What ``num_rows`` float32 rows of ``size`` numbers take, as people read it."""
+def memory_text(num_rows: int, size: int, memory_gib: float = math.inf) -> str:
+    """What ``num_rows`` float32 rows of ``size`` numbers take, and whether that is too much."""
     mib = 4 * num_rows * size / 2**20
-    if mib < 1:
-        return "less than 1 MiB (float32)"
-    return f"{mib:.0f} MiB (float32)" if mib < 1000 else f"{mib / 2**10:.1f} GiB (float32)"
+    text = f"{mib:.0f} MiB" if mib < 1000 else f"{mib / 2**10:.1f} GiB"
+    text = "less than 1 MiB" if mib < 1 else text
+    over = f", more than memory_gib = {memory_gib:g}: raise it" if mib > memory_gib * 2**10 else ""
+    return f"{text} (float32){over}"
 
 
 def num_rows(subject: Subject, batch: Batch) -> int:

@@ -132,7 +132,8 @@ class Volume(Measurement):
         sizes += [layer.input_size for layer in network.layers] if self.layers else []
         where = f" through {len(sizes) - 1} layers" if self.layers else ""
         rows = network.jacobian_rows
-        return f"{rows} exact rows{where}, the largest take {memory_text(rows, max(sizes))}"
+        memory = memory_text(rows, max(sizes), self.memory_gib)
+        return f"{rows} exact rows{where}, the largest take {memory}"
 
     def _varies(self, rows: Columns, quantity: str) -> bool:
         """Whether volumes of different dimension would be averaged."""

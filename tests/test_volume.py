@@ -260,6 +260,8 @@ def test_cost_and_note_follow_the_rows_of_the_head():
     outline = Outline({"input_size": (3, 96, 96)}, 1000, 10**6, 10**9, layers)
     assert "192 exact rows through 2 layers" in Volume().note(outline)
     assert "192 exact rows, the largest take 20 MiB" in Volume(layers=False).note(outline)
+    less = Volume(layers=False, memory_gib=0.01).note(outline)
+    assert less.endswith("20 MiB (float32), more than memory_gib = 0.01: raise it")
     assert 192 < Volume().forward_equivalents(outline) < 400
     assert Volume(memory_gib=9.0).key_fields() == Volume().key_fields()
 
