@@ -100,6 +100,7 @@ def find_head(model: nn.Module, images: torch.Tensor) -> Head | None:
     offsets = logits.detach().double() - phi @ weight.mT
     offset = offsets[:count].mean(0)
     size = phi.abs() @ weight.abs().mT + offset.abs()
+    size = size + size[:count].amax(0)  # what the offset itself is known to: features may be zero
     is_affine = ((offsets - offset).abs() <= _TOLERANCE[images.dtype] * size).all()
     return Head(names, weight, offset) if is_affine else None
 
