@@ -20,18 +20,38 @@ from tasks.training_settings import TrainSettings
 class DataSpec(Settings):
     """Which images. ``samples`` of them are measured, in an order fixed by the manifest's seed."""
 
-    name: Literal["digits", "fashion-mnist", "image-folder"]
+    name: Literal["digits", "fashion-mnist", "image-folder", "hub"]
     split: str = "test"
     root: str | None = None
+    csv: str | None = None
+    repo: str | None = None
+    revision: str | None = None
+    files: int | None = pydantic.Field(default=None, ge=1)
+    image: str = "image"
+    label: str = "label"
+    labels: Literal["use", "ignore"] = "use"
     samples: int = pydantic.Field(default=100, ge=1)
 
     @pydantic.model_validator(mode="after")
-    def _is_there_a_place(self) -> DataSpec:
+    def _do_its_keys_fit(self) -> DataSpec:
         if self.name == "image-folder" and self.root is None:
             raise ValueError('image-folder needs root = "the folder of the images"')
-        if self.name != "image-folder" and self.split not in ("train", "test"):
+        if self.name == "hub" and self.repo is None:
+            raise ValueError('hub needs repo = "the repository", as "ILSVRC/imagenet-1k"')
+        if self.name in ("digits", "fashion-mnist") and self.split not in ("train", "test"):
             raise ValueError(f"split must be 'train' or 'test', found {self.split!r}")
+        for owner, keys in _OWN_KEYS.items():
+            given = sorted(keys & self.model_fields_set)
+            if given and self.name != owner:
+                raise ValueError(f"{given[0]} is a key of name = {owner!r}, found {self.name!r}")
         return self
+
+
+# Keys that only one kind of images has.
+_OWN_KEYS = {
+    "image-folder": {"csv"},
+    "hub": {"repo", "revision", "files", "image", "label"},
+}
 
 
 class ResourceSpec(Settings):

@@ -1,0 +1,128 @@
+"""Image data sets on the Hugging Face hub: which Parquet files make up a split.
+
+A split is the files ``<split>-00000-of-00014.parquet`` of a repository (as in ILSVRC/imagenet-1k),
+or ``<split>/0000.parquet`` (as the hub converts data sets itself, at revision
+``refs/convert/parquet``), in any folder. The repository is resolved once to a commit; with
+HF_HUB_OFFLINE=1, or for a full commit whose files are in the cache, nothing is asked.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants
+from huggingface_hub.file_download import repo_folder_name
+
+from pipeline.entries import DataSpec
+from pipeline.errors import DataError, HubError
+from pipeline.hub import COMMIT, SHA256, HubFile
+from pipeline.patience import patiently
+
+
+def files(data: DataSpec, *, split: str | None = None) -> tuple[HubFile, ...]:
+    """Find the Parquet files of a split: all, or the first ``data.files``, at one commit.
+
+    Args:
+        data: A data table with ``name = "hub"``.
+        split: Another split than the table's.
+
+    Raises:
+        DataError: If the repository has no such split, or the split lacks files.
+        HubError: If the hub cannot be asked, or does not let us in.
+    """
+    split = split or data.split
+    repo = data.repo or ""
+    pinned = data.revision if COMMIT.fullmatch(data.revision or "") else None
+    if constants.HF_HUB_OFFLINE or pinned:
+        for listed in _cached(repo, data.revision):
+            found = _choose(listed, split, data.files)
+            # Names without a count do not tell whether the cache holds all of a split.
+            if found is not None and (data.files or "-of-" in found[0].filename):
+                return found
+    what = f"{repo} at {data.revision}" if data.revision else repo
+    if constants.HF_HUB_OFFLINE:
+        raise HubError(
+            f"{what}: the split {split!r} is not whole in the cache {constants.HF_HUB_CACHE}, and "
+            "HF_HUB_OFFLINE is set. Unset it, or fill the cache on a machine with network."
+        )
+    listed = _listed(repo, data.revision, what)
+    found = _choose(listed, split, data.files)
+    if found is not None:
+        return found
+    splits = sorted({name for file in listed if (name := _split(file.filename))})
+    raise DataError(
+        f"{what}: expected the files of split {split!r} as data/{split}-00000-of-NNNNN.parquet, "
+        f"whole and in one folder; found Parquet files of {', '.join(splits) or 'no split'}. "
+        'Choose another split; one of several folders is split = "folder/name", and where the '
+        'repository holds no Parquet files, revision = "refs/convert/parquet" may.'
+    )
+
+
+_NAME = re.compile(r"(?P<split>.+?)(?:-(?P<index>\d{5})-of-(?P<count>\d{5}).*|/\d+)\.parquet")
+
+
+def _split(filename: str) -> str | None:
+    """The split that a file belongs to, with its folder; None if it is no Parquet shard."""
+    match = _NAME.fullmatch(filename)
+    return match["split"] if match else None
+
+
+def _choose(listed: Iterable[HubFile], split: str, count: int | None) -> tuple[HubFile, ...] | None:
+    """The files of a split in order, or None unless they are whole and of one folder."""
+    shards: dict[str, list[HubFile]] = {}
+    for file in sorted(listed, key=lambda file: file.filename):
+        found = _split(file.filename)
+        if found is not None and (found == split or found.endswith(f"/{split}")):
+            shards.setdefault(found, []).append(file)
+    if len(shards) != 1:
+        return None
+    (chosen,) = shards.values()
+    first = _NAME.fullmatch(chosen[0].filename)
+    assert first is not None
+    whole = int(first["count"]) if first["count"] else max(len(chosen), count or 1)
+    wanted = whole if count is None else min(count, whole)
+    matches = [_NAME.fullmatch(file.filename) for file in chosen[:wanted]]
+    numbered = [int(m["index"]) for m in matches if m and m["index"]]
+    if len(chosen) < wanted or (numbered and numbered != list(range(wanted))):
+        return None
+    return tuple(chosen[:wanted])
+
+
+def _listed(repo: str, revision: str | None, what: str) -> list[HubFile]:
+    info = patiently(
+        lambda: HfApi().dataset_info(repo, revision=revision, files_metadata=True), what=what
+    )
+    assert info.sha is not None
+    return [
+        HubFile(
+            repo, info.sha, sibling.rfilename, sibling.size,
+            sibling.lfs.sha256 if sibling.lfs else None, "dataset",
+        )
+        for sibling in info.siblings or ()
+    ]  # fmt: skip
+
+
+def _cached(repo: str, revision: str | None) -> list[list[HubFile]]:
+    """What the cache holds of the repository: at this revision, or each commit if none is given."""
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="dataset")
+    reference = folder / "refs" / (revision or constants.DEFAULT_REVISION)
+    if reference.is_file():
+        commits = [reference.read_text().strip()]
+    else:
+        commits = [revision] if revision else []
+    return [
+        [
+            _cached_file(repo, commit, path, folder / "snapshots" / commit)
+            for path in sorted((folder / "snapshots" / commit).rglob("*.parquet"))
+        ]
+        for commit in commits
+    ]
+
+
+def _cached_file(repo: str, commit: str, path: Path, snapshot: Path) -> HubFile:
+    blob = path.resolve()  # the cache names the blobs of large files by their sha256
+    sha256 = blob.name if SHA256.fullmatch(blob.name) else None
+    filename = path.relative_to(snapshot).as_posix()
+    return HubFile(repo, commit, filename, blob.stat().st_size, sha256, "dataset")
