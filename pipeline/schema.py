@@ -96,6 +96,9 @@ class UnitRecord(_Frozen):
     ``start``/``stop`` bound the unit's samples, ``draw_start``/``draw_stop`` its weight draws,
     ``generation`` counts its failure records,
     ``attempt`` its tries within one launch. Times are UTC in ISO 8601, ``peak_bytes`` is memory.
+    ``seconds`` is wall-clock time; ``cpu_seconds`` leaves out what others had of the cores. Both
+    hold ``load_seconds``, for fetching and reading network and images where they were not there
+    yet, and the self-test if the unit ``self_tested``. None where an older flatcensus wrote them.
     ``artifacts`` maps keys of the run folder to SHA-256 digests. Nothing here determines a number.
     """
 
@@ -123,6 +126,9 @@ class UnitRecord(_Frozen):
     finished_at: str
     seconds: float
     predicted_seconds: float | None = None
+    cpu_seconds: float | None = None
+    load_seconds: float | None = None
+    self_tested: bool | None = None
     peak_bytes: int | None = None
     num_rows: int = 0
     versions: dict[str, str] = pydantic.Field(default_factory=dict)
@@ -161,8 +167,8 @@ UNITS_SCHEMA = pa.schema(
                 "schema_version start stop draw_start draw_stop generation attempt pid threads "
                 "batch_size peak_bytes num_rows"
             ),
-            pa.float64(): "seconds predicted_seconds",
-            pa.bool_(): "superseded",
+            pa.float64(): "seconds predicted_seconds cpu_seconds load_seconds",
+            pa.bool_(): "self_tested superseded",
         }.items()
         for name in names.split()
     ]

@@ -15,7 +15,7 @@ import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -108,21 +108,29 @@ def run_unit(task: Task, bench: Workbench) -> Outcome:
     # Float32 means float32: by default torch lets convolutions on GPUs round to 10 bits.
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
-    started, clock = datetime.now(UTC), time.perf_counter()
+    started, clock, cpu = datetime.now(UTC), time.perf_counter(), time.process_time()
     try:
         store = open_store(task.store)
+        load_seconds, tested = 0.0, False
         if task.spec.kind == "train":
             rows, artifacts = _train(task, bench, store)
             self_test = None
         else:
             assert task.spec.entry is not None
             subject = bench.subject_of(task)
+            load_seconds = time.perf_counter() - clock
+            known = _self_test(subject)
             rows, artifacts = task.spec.entry.measurement.measure(subject, task.block), {}
             self_test = _self_test(subject)
+            tested = known is None and self_test is not None
         seconds = time.perf_counter() - clock
         record = _record(
             task, started, seconds, len(rows), artifacts, self_test,
             device=_device_name(task.device), peak_bytes=_peak_bytes(task.device),
+            spent={
+                "cpu_seconds": time.process_time() - cpu, "load_seconds": load_seconds,
+                "self_tested": tested,
+            },
         )  # fmt: skip
         key = shard_key(task.spec.key, task.block)
         if store.put_new(key, encode_shard(rows, record, _constants(task))):
@@ -237,6 +245,7 @@ def _record(
     *,
     device: str,
     peak_bytes: int | None,
+    spent: Mapping[str, Any] | None = None,
 ) -> UnitRecord:
     spec, samples, draws = task.spec, task.block.samples, task.block.draws
     return UnitRecord(
@@ -249,6 +258,7 @@ def _record(
         finished_at=_iso(datetime.now(UTC)), seconds=seconds,
         predicted_seconds=task.predicted_seconds, peak_bytes=peak_bytes,
         num_rows=num_rows, versions=versions(), self_test=self_test, artifacts=artifacts,
+        **(spent or {}),
     )  # fmt: skip
 
 

@@ -1,49 +1,44 @@
-"""What a checkpoint's architecture tells before its weights are there: sizes, classes, FLOPs.
+"""What a checkpoint's architecture tells before its weights are there: sizes, classes, work.
 
-Networks are built on the meta device, so nothing is downloaded and no memory is used.
+Networks are built on the meta device, so nothing is downloaded and no memory is used. Outlines of
+timm's architectures are kept on disk (``tasks.outline_cache``), as 272 of them take a minute.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.data.config import resolve_model_data_config
+from timm.data.config import resolve_data_config
+from timm.models import PretrainedCfg
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from tasks import outline_cache
 from tasks.checkpoint_folder import read_config
 from tasks.checkpoints import CheckpointError, CheckpointRef
+from tasks.counting import Counts, LayerOutline, count
 from tasks.networks import NETWORKS, build_network
 
-
-@dataclass(frozen=True)
-class LayerOutline:
-    """Sizes of one call of a linear or convolutional layer, for one image.
-
-    Attributes:
-        name: Module's name in the network.
-        input_size: Scalars that it reads.
-        output_size: Scalars that it writes.
-        positions: Tokens or patches that share its weight, 1 if it is applied once.
-    """
-
-    name: str
-    input_size: int
-    output_size: int
-    positions: int
+# Fields of a pretrained configuration that say where weights are, what they were made for or how
+# images are prepared. Checkpoints of one architecture that differ in these alone are one network.
+_NO_SHAPE = frozenset((
+    "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "architecture", "tag",
+    "custom_load", "interpolation", "crop_pct", "test_crop_pct", "crop_mode", "mean", "std",
+    "test_input_size", "min_input_size", "test_pool_size", "label_offset", "label_names",
+    "label_descriptions", "first_conv", "classifier", "license", "description", "origin_url",
+    "paper_name", "paper_ids", "notes",
+))  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Outline:
-    """A network's sizes.
+    """A network's sizes, and what the forward of one float32 image does (``tasks.counting``).
 
     Attributes:
         data_config: The fields that ``tasks.datasets.preprocessing`` takes.
@@ -51,6 +46,11 @@ class Outline:
         num_parameters: Scalars in all parameters.
         forward_flops: Floating-point operations of one image's forward (a product and a sum are 2).
         layers: Linear and convolutional layers in the order of their calls.
+        num_operators: Operators of a forward that write something.
+        operator_bytes: What they write for one image.
+        graph_bytes: Activations that the graph of one image's Jacobian keeps.
+        double_graph_bytes: The same with the graph of its backward.
+        weight_bytes: Parameters and buffers as a weights file holds them.
     """
 
     data_config: dict[str, Any]
@@ -58,6 +58,12 @@ class Outline:
     num_parameters: int
     forward_flops: int
     layers: tuple[LayerOutline, ...] = ()
+    # Zero where an older flatcensus wrote them down.
+    num_operators: int = 0
+    operator_bytes: int = 0
+    graph_bytes: int = 0
+    double_graph_bytes: int = 0
+    weight_bytes: int = 0
 
     @property
     def jacobian_rows(self) -> int:
@@ -95,63 +101,58 @@ def outline(ref: CheckpointRef) -> Outline:
 def outline_architecture(
     architecture: str, model_args: Mapping[str, Any], pretrained_cfg: Mapping[str, Any]
 ) -> Outline:
-    """Outline one of ``tasks.networks.NETWORKS`` or a timm architecture; equal ones only once."""
-    parts = (architecture, dict(model_args), dict(pretrained_cfg))
-    return _outlined(json.dumps(parts, sort_keys=True, default=list))
+    """Outline one of ``tasks.networks.NETWORKS`` or a timm architecture; equal ones only once.
+
+    Args:
+        architecture: Its name; timm's may carry a tag, which stands for its configuration.
+        model_args: Keyword arguments of its constructor.
+        pretrained_cfg: As ``config.json`` has it; empty for that of the name.
+    """
+    config = _configuration(architecture, pretrained_cfg)
+    shape = {name: value for name, value in config.items() if name not in _NO_SHAPE}
+    named = architecture.partition(".")[0], dict(model_args), shape
+    counts = _counted(json.dumps(named, sort_keys=True, default=list))
+    sizes = {name: value for name, value in vars(counts).items() if name != "layers"}
+    # An argument without effect, because an empty configuration alone is refused.
+    data_config = resolve_data_config({"mean": None}, pretrained_cfg=config)
+    return Outline(data_config=data_config, layers=counts.layers, **sizes)
+
+
+def _configuration(architecture: str, pretrained_cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The pretrained configuration in full, as timm leaves it on a network."""
+    if architecture in NETWORKS:
+        return dict(pretrained_cfg)
+    if pretrained_cfg:
+        fields = {k: v for k, v in pretrained_cfg.items() if k not in ("file", "url", "source")}
+        return PretrainedCfg(**fields).to_dict()
+    return (timm.get_pretrained_cfg(architecture) or PretrainedCfg()).to_dict()
 
 
 @cache
-def _outlined(parts: str) -> Outline:
-    architecture, model_args, pretrained_cfg = json.loads(parts)
+def _counted(named: str) -> Counts:
+    architecture, model_args, shape = json.loads(named)
+    if architecture in NETWORKS:  # in milliseconds
+        return _count(architecture, model_args, shape)
+    if (known := outline_cache.read(named)) is not None:
+        layers = tuple(LayerOutline(*layer) for layer in known.pop("layers"))
+        return Counts(**known, layers=layers)
+    counts = _count(architecture, model_args, shape)
+    layers = [list(vars(layer).values()) for layer in counts.layers]
+    outline_cache.write(named, {**asdict(counts), "layers": layers})
+    return counts
+
+
+def _count(architecture: str, model_args: Mapping[str, Any], shape: Mapping[str, Any]) -> Counts:
     with torch.device("meta"):
-        model = _build(architecture, model_args, pretrained_cfg).eval()
-        data_config = resolve_model_data_config(model)
-        layers: list[LayerOutline] = []
-        with torch.no_grad(), FlopCounterMode(display=False) as counter, _watched(model, layers):
-            logits = model(torch.empty(1, *data_config["input_size"]))
-    return Outline(
-        data_config=data_config,
-        num_outputs=int(logits.shape[1]),
-        num_parameters=sum(p.numel() for p in model.parameters()),
-        forward_flops=counter.get_total_flops(),
-        layers=tuple(layers),
-    )
+        model = _build(architecture, model_args, shape)
+    input_size = resolve_data_config({"mean": None}, pretrained_cfg=shape)["input_size"]
+    return count(model, tuple(input_size))
 
 
-@contextlib.contextmanager
-def _watched(model: nn.Module, layers: list[LayerOutline]) -> Iterator[None]:
-    """Note every call of a linear or convolutional layer."""
-
-    def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...], result: torch.Tensor) -> None:
-            channels = 1 if isinstance(module, nn.Conv2d) else -1
-            positions = result.numel() // result.shape[channels]
-            layers.append(LayerOutline(name, args[0].numel(), result.numel(), positions))
-
-        return hook
-
-    handles = [
-        module.register_forward_hook(watch(name))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _build(
-    architecture: str, model_args: Mapping[str, Any], pretrained_cfg: Mapping[str, Any]
-) -> nn.Module:
+def _build(architecture: str, model_args: Mapping[str, Any], shape: Mapping[str, Any]) -> nn.Module:
     if architecture in NETWORKS:
-        model = build_network(architecture, model_args)
-        model.pretrained_cfg = dict(pretrained_cfg)  # pyright: ignore[reportArgumentType]
-        return model
-    arguments: dict[str, Any] = dict(model_args)
-    if pretrained_cfg:
-        fields = {k: v for k, v in pretrained_cfg.items() if k not in ("file", "url", "source")}
-        arguments |= {"pretrained_cfg": fields}
-        arguments.setdefault("num_classes", fields.get("num_classes"))
-    return timm.create_model(architecture, pretrained=False, **arguments)
+        return build_network(architecture, model_args)
+    arguments = {"num_classes": shape.get("num_classes"), **model_args}
+    return timm.create_model(
+        architecture, pretrained=False, pretrained_cfg=dict(shape), **arguments
+    )
