@@ -1,8 +1,7 @@
 """Image data sets and where they lie: ``digits``, ``fashion-mnist`` and image folders.
 
 ``digits`` (1,797 images of 8×8) ships with scikit-learn, ``fashion-mnist`` (70,000 of 28×28) is
-four IDX files, an image folder has one subfolder per class. Nothing is downloaded, and an image
-of a folder is decoded only when it is asked for.
+four IDX files, image folders are the subject of ``tasks.image_folder``. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -13,12 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from tasks.decoding import decode
 from tasks.idx import DatasetError, read_idx
+from tasks.image_folder import class_folders, listed_images
 
 DATASETS = ("digits", "fashion-mnist", "image-folder")
 TRAINING_SPLIT = "train"
@@ -34,10 +35,18 @@ FASHION_MNIST_CLASSES = (
     "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
 NUM_TEST_DIGITS = 500  # chosen: 1,297 remain for training
-IMAGE_SUFFIXES = frozenset(
-    (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-)
-SPLIT_NAMES = frozenset(("train", "training", "test", "testing", "val", "valid", "validation"))
+
+
+class EncodedImages(Protocol):
+    """Images as their files hold them, read one by one."""
+
+    def read(self, i: int) -> tuple[bytes, str]:
+        """Content of image ``i`` and where it lies. Raises DatasetError if it cannot be had."""
+        ...
+
+    def fingerprint(self) -> bytes:
+        """What tells them from others, for the identity of the data set."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -46,17 +55,19 @@ class ImageDataset:
 
     Attributes:
         name: The name it was loaded by.
-        root: What the paths of ``images`` are relative to; None for images in memory.
-        images: Either (N, H, W) uint8 grey values or the N files.
-        labels: (N,) integers, indices into ``class_names``.
+        root: The folder of its files; None for images in memory.
+        images: Either (N, H, W) uint8 grey values or N encoded images.
+        labels: (N,) integers, indices into ``class_names``; -1 where they are not read.
         class_names: What the labels mean.
+        given_identity: Its identity where that is known without reading labels and images.
     """
 
     name: str
     root: Path | None
-    images: np.ndarray | tuple[Path, ...]
+    images: np.ndarray | EncodedImages
     labels: np.ndarray
     class_names: tuple[str, ...]
+    given_identity: str | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -71,10 +82,10 @@ class ImageDataset:
         return int(self.labels[i])
 
     def image(self, i: int) -> Image.Image:
-        """Image ``i`` in mode L or RGB. Transparency is dropped, palettes are resolved."""
+        """Image ``i`` in mode L or RGB. Raises DatasetError if it cannot be had or decoded."""
         if isinstance(self.images, np.ndarray):
             return Image.fromarray(self.images[i])
-        return _read_image(self.images[i])
+        return decode(*self.images.read(i))
 
     def identity(self) -> str:
         """SHA-256 of all images and labels of this split, computed once per object."""
@@ -82,20 +93,26 @@ class ImageDataset:
 
     @cached_property
     def _identity(self) -> str:
+        if self.given_identity is not None:
+            return self.given_identity
         digest = hashlib.sha256(repr((self.class_names, len(self))).encode())
         digest.update(self.labels.astype("<i8").tobytes())
         if isinstance(self.images, np.ndarray):
             digest.update(repr(self.images.shape).encode())
             digest.update(self.images.tobytes())
         else:
-            assert self.root is not None
-            for path in self.images:
-                content = hashlib.sha256(path.read_bytes()).hexdigest()
-                digest.update(f"{path.relative_to(self.root).as_posix()}\0{content}\0".encode())
+            digest.update(self.images.fingerprint())
         return digest.hexdigest()
 
 
-def load_dataset(name: str, *, split: str, root: Path | None = None) -> ImageDataset:
+def load_dataset(
+    name: str,
+    *,
+    split: str,
+    root: Path | None = None,
+    csv: Path | None = None,
+    with_labels: bool = True,
+) -> ImageDataset:
     """Load one split of a data set.
 
     Args:
@@ -103,12 +120,20 @@ def load_dataset(name: str, *, split: str, root: Path | None = None) -> ImageDat
         split: ``"train"`` or ``"test"``; for image folders the name of a subfolder of ``root``.
         root: Where the data lie. Not used by ``digits``; ``fashion-mnist`` otherwise looks at
             $FLATCENSUS_FASHION_MNIST and the usual places.
+        csv: For image folders, a list of files and labels; see ``tasks.image_folder``.
+        with_labels: Whether labels are wanted. Without, a CSV needs none.
 
     Raises:
         DatasetError: If the data are missing, damaged or not of the expected form.
     """
     if name == "image-folder":
-        return _image_folder(root, split)
+        if root is None or not Path(root).is_dir():
+            raise DatasetError(f"image-folder needs root = the folder of the images, found {root}")
+        if csv is None:
+            images, labels, class_names = class_folders(Path(root), split)
+        else:
+            images, labels, class_names = listed_images(Path(root), csv, with_labels=with_labels)
+        return ImageDataset(name, images.root, images, labels, class_names)
     if name not in DATASETS:
         raise DatasetError(f"unknown data set {name!r}. Choose one of: {', '.join(DATASETS)}")
     if split not in ("train", "test"):
@@ -158,57 +183,3 @@ def _find(places: Sequence[Path], stem: str) -> Path:
         "the four IDX files, or fetch them from the hub: python -c "
         "'from pipeline.hub import fetch_fashion_mnist as f; f()'"
     )
-
-
-def _image_folder(root: Path | None, split: str) -> ImageDataset:
-    if root is None or not Path(root).is_dir():
-        raise DatasetError(f"image-folder needs root = the folder of the images, found {root!r}")
-    root = Path(root)
-    others = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name in SPLIT_NAMES)
-    folder = root / split if (root / split).is_dir() else root
-    if folder == root and others:
-        raise DatasetError(f"{root} has no split {split!r}, found: {', '.join(others)}")
-    class_names = tuple(sorted(p.name for p in folder.iterdir() if _visible_folder(p)))
-    if not class_names:
-        raise DatasetError(
-            f"{folder}: no class folders. Put the images of each class into a folder of its own."
-        )
-    images: list[Path] = []
-    labels: list[int] = []
-    for label, class_name in enumerate(class_names):
-        files = sorted(p for p in (folder / class_name).rglob("[!.]*") if p.is_file())
-        if not files:
-            raise DatasetError(f"{folder / class_name}: empty. Remove the folder or fill it.")
-        for path in files:
-            if path.suffix.lower() not in IMAGE_SUFFIXES:
-                raise DatasetError(
-                    f"{path}: not an image by its name (expected one of "
-                    f"{', '.join(sorted(IMAGE_SUFFIXES))}). Move it out of the class folder."
-                )
-        images += files
-        labels += [label] * len(files)
-    return ImageDataset(
-        "image-folder", folder, tuple(images), np.array(labels, np.int64), class_names
-    )
-
-
-def _visible_folder(path: Path) -> bool:
-    return path.is_dir() and not path.name.startswith(".")
-
-
-def _read_image(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise DatasetError(
-            f"{path}: expected a readable image, found {path.stat().st_size} bytes that do not "
-            f"decode ({error}). Replace or remove the file."
-        ) from error
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        raise DatasetError(
-            f"{path}: expected 8 bits per channel, found mode {image.mode!r}. Convert the file."
-        )
-    if image.mode in ("L", "RGB"):
-        return image
-    return image.convert("L" if image.mode in ("1", "LA") else "RGB")
