@@ -18,12 +18,14 @@ Shapes: B images, N outputs, C x H x W inputs.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tasks.measurement import MeasurementError, Output
+from tasks.precision import KeepFloat64
 
 # Costs in no-grad forwards of one image, measured on ViT-Ti and ViT-S (CPU, batch 8).
 DOUBLE_GRAPH_COST = 2.3  # forward with math attention and the graph of its backward
@@ -177,10 +179,13 @@ def dense_jacobian(
 def forward(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Logits (B, N) with math attention, the only kind that can be differentiated twice.
 
+    Of float64 images, in float64 throughout: casts inside the network are ignored.
+
     Raises:
         MeasurementError: If the network returns anything but one (B, N) tensor.
     """
-    with sdpa_kernel(SDPBackend.MATH):
+    float64 = KeepFloat64() if images.dtype == torch.float64 else contextlib.nullcontext()
+    with sdpa_kernel(SDPBackend.MATH), float64:
         logits = model(images)
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != len(images):
         found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__

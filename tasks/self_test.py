@@ -9,7 +9,11 @@ result is the same whichever range of work asks for it. The checks and what they
 - coupling: a cotangent on one image must leave the other image's gradient zero, and an image's
   logits must not depend on its neighbour. Catches batch statistics.
 - repeatability: the same products from a second graph. Catches random numbers in eval mode.
-- float64: products and transposed products against a float64 copy of the network.
+- float64: products and transposed products against a float64 copy of the network, in which casts
+  to shorter types are ignored.
+
+A network that computes a part of itself in fewer digits than its images have is refused, or, in
+float64, held to float32's limits.
 """
 
 from __future__ import annotations
@@ -25,13 +29,14 @@ from torch.autograd import forward_ad
 from tasks.finite import require_finite
 from tasks.jacobian import JacobianBatch, custom_functions, forward, jacobian_batch
 from tasks.measurement import MeasurementError, Subject
+from tasks.precision import shortest_dtype
 from tasks.random import generator
 
 # Largest relative defects that are accepted. Float32 rounding gives 1e-7 (adjoint) and 5e-7 to 2e-5
 # (products) on 35 timm architectures (measured on a CPU, torch 2.14); the limits are 50 times that
 # and more, and a mistake in a gradient is orders of magnitude above them. Whatever passes still
-# widens every certificate, so a loose limit costs width, not truth. In float64 the limits are set
-# by networks that cast parts of themselves to float32 (timm's efficientvit_mit: 7e-8).
+# widens every certificate, so a loose limit costs width, not truth. In float64 the same networks
+# give 2e-15 and 4e-15 at most.
 _LIMITS = {
     torch.float32: {
         "adjoint": 1e-5,
@@ -41,10 +46,10 @@ _LIMITS = {
         "float64": 1e-2,  # a ReLU that flips between the two precisions costs up to 1e-3
     },
     torch.float64: {
-        "adjoint": 1e-7,
-        "forward_mode": 1e-6,
-        "coupling": 1e-6,
-        "repeatability": 1e-7,
+        "adjoint": 1e-10,
+        "forward_mode": 1e-8,
+        "coupling": 1e-8,
+        "repeatability": 1e-10,
     },
 }
 
@@ -110,6 +115,12 @@ def _run(subject: Subject) -> SelfTest:
         )
     jacobian = jacobian_batch(model, images, subject.output)
     require_finite(model, images, jacobian.logits, batch.samples)
+    precision = shortest_dtype(jacobian._graph_logits)
+    if precision not in _LIMITS:
+        raise MeasurementError(
+            f"self-test: the network computes a part of itself in {precision}, whatever its "
+            "weights are. Jacobians lose whole rows in it; remove the cast from its forward."
+        )
     random = generator(subject.seed, "self_test")
     u = torch.randn(jacobian.logits.shape, generator=random, dtype=torch.float64)
     v = torch.randn(images.shape, generator=random, dtype=torch.float64)
@@ -137,17 +148,19 @@ def _run(subject: Subject) -> SelfTest:
     # In this order: random numbers would fail all later checks, and coupled images the adjoint.
     again = jacobian_batch(model, images, subject.output).gram(u)
     checks = {"repeatability": _relative(again, gram)}
-    _require(checks, jacobian, model)
+    _require(checks, precision, jacobian, model)
     checks["coupling"] = _coupling(model, images, jacobian, u)
-    _require(checks, jacobian, model)
+    _require(checks, precision, jacobian, model)
     checks["adjoint"] = adjoint
     checks["forward_mode"] = _relative(_dual_product(model, images, jacobian, v), product)
-    _require(checks, jacobian, model)
+    _require(checks, precision, jacobian, model)
     float64, note = _float64_defect(subject, images, u, transposed, gram)
+    if precision != images.dtype:
+        note = f"a part of the network is {precision} whatever its weights are"
     if float64 is not None:
         checks["float64"] = float64
-        _require(checks, jacobian, model)
-    referee = _UNREFEREED[images.dtype] if float64 is None else float64
+        _require(checks, precision, jacobian, model)
+    referee = _UNREFEREED[precision] if float64 is None else float64
     defect = max(adjoint, checks["repeatability"], checks["forward_mode"], referee)
     return SelfTest(
         adjoint=adjoint,
@@ -224,16 +237,21 @@ def _float64_defect(
     return defect, ""
 
 
-def _require(checks: dict[str, float], jacobian: JacobianBatch, model: torch.nn.Module) -> None:
+def _require(
+    checks: dict[str, float],
+    precision: torch.dtype,
+    jacobian: JacobianBatch,
+    model: torch.nn.Module,
+) -> None:
     """Raise for the first check above its limit or not a number."""
-    limits = _LIMITS[jacobian.logits.dtype]
+    limits = _LIMITS[precision]
     failed = [name for name, value in checks.items() if not value <= limits[name]]
     if not failed:
         return
     name = failed[0]
     modules = _training_modules(model)
     offender = {
-        "adjoint": "Overflow inside the network is the usual cause; try dtype = 'float64'.",
+        "adjoint": "Overflow inside the network is the usual cause; float64 reaches further.",
         "repeatability": f"The network draws random numbers in eval mode. {modules}",
         "coupling": f"Images of a batch influence each other. {modules}",
         "forward_mode": "A backward formula is wrong. " + custom_functions(jacobian._graph_logits),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from tasks.jacobian import forward
 from tasks.measurement import Batch, Subject
 
 
@@ -24,7 +25,7 @@ def squared_errors(subject: Subject, batch: Batch) -> np.ndarray:
         for inputs, targets in zip(
             batch.inputs.split(size), batch.targets.split(size), strict=True
         ):
-            logits = subject.model(inputs).double()
+            logits = forward(subject.model, inputs).double()
             outputs = logits.sigmoid() if subject.output == "sigmoid" else logits
             error = (outputs - targets.double()).square().sum(1)
             error[~logits.isfinite().all(1)] = float("nan")
