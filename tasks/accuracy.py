@@ -31,6 +31,7 @@ class Accuracy(Measurement):
     metric: ClassVar[str] = "accuracy"
     version: ClassVar[int] = 1
     quantities: ClassVar[tuple[str, ...]] = ("accuracy", "loss", "cross_entropy")
+    needs_labels: ClassVar[bool] = True
 
     def measure(self, subject: Subject, block: Block) -> list[Row]:
         """Three rows per image; work and time are on its ``accuracy`` row.

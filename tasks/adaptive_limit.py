@@ -77,6 +77,7 @@ class AdaptiveSharpnessLimit(Measurement):
         "adaptive_sharpness_residual",
         "adaptive_sharpness_excess",
     )
+    needs_labels: ClassVar[bool] = True
     coverage_fields: ClassVar[frozenset[str]] = COVERAGE_FIELDS
 
     rho: float = pydantic.Field(default=0.1, gt=0)

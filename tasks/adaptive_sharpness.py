@@ -78,6 +78,7 @@ class AdaptiveSharpness(Measurement):
     metric: ClassVar[str] = _NAME
     version: ClassVar[int] = 1
     quantities: ClassVar[tuple[str, ...]] = (_NAME, _ERROR_NAME)
+    needs_labels: ClassVar[bool] = True
     coverage_fields: ClassVar[frozenset[str]] = COVERAGE_FIELDS
 
     method: Literal["antithetic", "one_sided", "authors"] = "antithetic"

@@ -157,6 +157,8 @@ def load_batch(
     num_outputs: int,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    label_map: Sequence[int] | None = None,
+    with_labels: bool = True,
 ) -> Batch:
     """Load the images at these positions of the frozen order.
 
@@ -168,19 +170,41 @@ def load_batch(
         num_outputs: Number of outputs of the network: length of the one-hot targets.
         dtype: Of inputs and targets.
         device: Of inputs and targets.
+        label_map: Output of the network for each class of the data; None where they are the same.
+        with_labels: Whether labels are read. If not, all targets are NaN: a number that used them
+            shows.
 
     Raises:
         DatasetError: If an image cannot be read or its label exceeds the network's outputs.
     """
     indices = [int(order[sample]) for sample in samples]
-    labels = [dataset.label(i) for i in indices]
-    if max(labels) >= num_outputs:
+    if with_labels:
+        targets = _one_hot([dataset.label(i) for i in indices], dataset, num_outputs, label_map)
+    else:
+        targets = torch.full((len(indices), num_outputs), torch.nan)
+    inputs = torch.stack([transform(dataset.image(i)) for i in indices])
+    return Batch(inputs.to(device, dtype), targets.to(device, dtype), tuple(map(int, samples)))
+
+
+def _one_hot(
+    labels: Sequence[int],
+    dataset: ImageDataset,
+    num_outputs: int,
+    label_map: Sequence[int] | None,
+) -> torch.Tensor:
+    foreign = [label for label in labels if not 0 <= label < dataset.num_classes]
+    if foreign:
+        raise DatasetError(
+            f"{dataset.name} has label {foreign[0]}, but its classes are 0 to "
+            f"{dataset.num_classes - 1}. Images without labels are measured with labels = "
+            '"ignore", without what needs labels.'
+        )
+    if label_map is not None:
+        labels = [label_map[label] for label in labels]
+    elif max(labels) >= num_outputs:
         raise DatasetError(
             f"{dataset.name} has label {max(labels)} ({dataset.class_names[max(labels)]!r}), but "
             f"the network has {num_outputs} outputs (labels 0 to {num_outputs - 1}). Choose data "
             "with the network's classes, or a checkpoint trained on these."
         )
-    inputs = torch.stack([transform(dataset.image(i)) for i in indices])
-    targets = torch.zeros(len(labels), num_outputs, dtype=dtype)
-    targets[torch.arange(len(labels)), torch.tensor(labels)] = 1
-    return Batch(inputs.to(device, dtype), targets.to(device), tuple(int(s) for s in samples))
+    return torch.nn.functional.one_hot(torch.tensor(labels), num_outputs)

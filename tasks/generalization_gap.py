@@ -47,6 +47,7 @@ class GeneralizationGap(Measurement):
     quantities: ClassVar[tuple[str, ...]] = (
         _NAME, _TRAIN[0], _TEST[0], *_TRAIN[1:], *_TEST[1:],
     )  # fmt: skip
+    needs_labels: ClassVar[bool] = True
     needs_training_images: ClassVar[bool] = True
 
     def measure(self, subject: Subject, block: Block) -> list[Row]:

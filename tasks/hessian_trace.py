@@ -59,6 +59,7 @@ class HessianTrace(Measurement):
     metric: ClassVar[str] = _NAME
     version: ClassVar[int] = 1
     quantities: ClassVar[tuple[str, ...]] = (_NAME, "hessian_trace_residual")
+    needs_labels: ClassVar[bool] = True
     coverage_fields: ClassVar[frozenset[str]] = COVERAGE_FIELDS
 
     group_size: int = pydantic.Field(default=8, ge=1)

@@ -204,8 +204,8 @@ class Check:
 class Batch:
     """Some images in the form the network takes.
 
-    ``inputs`` (B, C, H, W), ``targets`` (B, N) one-hot, ``samples`` the B positions in the frozen
-    order of the data set.
+    ``inputs`` (B, C, H, W), ``targets`` (B, N) one-hot (NaN where labels are not read), ``samples``
+    the B positions in the frozen order of the data set.
     """
 
     inputs: torch.Tensor
@@ -265,6 +265,9 @@ class Measurement(Settings, ABC):
     coverage_fields: ClassVar[frozenset[str]] = frozenset()
     # Whether it takes images of the training split too; their identity is then in the key.
     needs_training_images: ClassVar[bool] = False
+    # Whether rows depend on the targets. Where labels are not read, targets are NaN, and only
+    # measurements that need none are allowed.
+    needs_labels: ClassVar[bool] = False
 
     @property
     def alignment(self) -> int:

@@ -67,6 +67,7 @@ class RelativeFlatness(Measurement):
     metric: ClassVar[str] = _NAME
     version: ClassVar[int] = 1
     quantities: ClassVar[tuple[str, ...]] = (_NAME,)
+    needs_labels: ClassVar[bool] = True
 
     loss: Literal["half_squared_error", "mse", "cross_entropy"] = "half_squared_error"
 
