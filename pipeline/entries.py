@@ -142,3 +142,4 @@ class Manifest:
     resources: ResourceSpec
     root: Path
     text: str
+    lock_path: Path | None = None  # of the file that it was read from

@@ -55,9 +55,13 @@ class DataError(FlatcensusError):
 
 
 class HubError(FlatcensusError):
-    """The hub cannot give the weights or data."""
+    """The hub cannot give the weights or data. ``unasked``: nobody answered, or it is offline."""
 
     exit_code = EXIT_ENVIRONMENT
+
+    def __init__(self, message: str, *, unasked: bool = False) -> None:
+        super().__init__(message)
+        self.unasked = unasked
 
 
 class StoreError(FlatcensusError):

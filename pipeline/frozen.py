@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pipeline.entries import DataSpec, Manifest
+from pipeline.hub_file import UNLOCKED
 from pipeline.shards import shard_key
 from pipeline.specs import TRAINING_BLOCK, Resolved, Spec, TrainedRef, Unresolved
 from pipeline.store import Store
@@ -23,6 +24,8 @@ FROZEN = "resolved.json"
 
 def freeze(resolved: Resolved, manifest: Manifest, store: Store) -> None:
     """Keep the specs of a manifest in the run folder."""
+    refs = [spec.ref for spec in resolved.specs if spec.ref is not None]
+    assert not any(ref.identity.startswith(UNLOCKED) for ref in refs), "a plan's specs are no run's"
     known = {
         "manifest": _digest(manifest),
         "specs": [_spec_record(spec, manifest) for spec in resolved.specs],

@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +19,14 @@ import pyarrow.parquet as pq
 import timm
 from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import disable_progress_bars, logging
 from PIL import Image
 
+from pipeline import hub_cache
 from pipeline.errors import HubError
-from pipeline.patience import patiently
+from pipeline.hub_file import COMMIT, SHA256, HubFile, RepoType, url_file
+from pipeline.patience import Circuit, patiently
+from pipeline.web import download_url, is_safe
 from tasks.checkpoints import CheckpointError, CheckpointRef, describe_timm
 from tasks.idx import write_idx
 from tasks.images import FETCHED_FASHION_MNIST
@@ -34,31 +38,18 @@ FASHION_MNIST_FILES = {
     "train": "fashion_mnist/train-00000-of-00001.parquet",
     "t10k": "fashion_mnist/test-00000-of-00001.parquet",
 }
-COMMIT = re.compile(r"[0-9a-f]{40}")
-SHA256 = re.compile(r"[0-9a-f]{64}")
 CORRUPT_TRIES = 3
+NUM_THREADS = 8  # names asked for at once: chosen
 
-
-@dataclass(frozen=True)
-class HubFile:
-    """One file of a repository at one commit.
-
-    ``sha256`` is what the hub states (for files in large-file storage, as weights are), ``size`` is
-    in bytes; each is None where it is not known.
-    """
-
-    repo_id: str
-    commit: str
-    filename: str
-    size: int | None
-    sha256: str | None
-    repo_type: str = "model"
-
-    @property
-    def identity(self) -> str:
-        """What a checkpoint reference carries: enough to fetch the file, and to know it again."""
-        digest = f"#{self.sha256}" if self.sha256 else ""
-        return f"hub:{self.repo_id}@{self.commit}/{self.filename}{digest}"
+# What is shown while files arrive, and what is said of requests, is ours: theirs names signed
+# addresses, and bars of several downloads overwrite each other.
+logging.set_verbosity_error()
+if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
+    disable_progress_bars()
+# The Xet client waits without limit for a connection that stalls; plain requests give up after
+# HF_HUB_DOWNLOAD_TIMEOUT and are resumed. HF_HUB_DISABLE_XET=0 asks for it all the same.
+if "HF_HUB_DISABLE_XET" not in os.environ:
+    constants.HF_HUB_DISABLE_XET = True
 
 
 def resolve(name: str, *, revision: str | None = None) -> HubFile:
@@ -78,33 +69,63 @@ def resolve(name: str, *, revision: str | None = None) -> HubFile:
     except CheckpointError as error:
         raise HubError(str(error)) from error
     if config is None or not config.hf_hub_id:
-        raise HubError(
-            f"{name}: timm {timm.__version__} lists no hub repository for it. "
-            "Download its weights by hand and audit them as a local checkpoint."
-        )
+        url = str((config and config.url) or "")
+        file = url_file(url) if is_safe(url) else None
+        if file is None:
+            raise HubError(
+                f"{name}: timm {timm.__version__} lists no hub repository for it, and no https "
+                f"address of a file whose name ends in digits of its SHA-256 (found {url!r}). "
+                "Download its weights by hand and audit them as a local checkpoint."
+            )
+        return file
     repo_id, _, pinned = config.hf_hub_id.partition("@")
     named = config.hf_hub_filename or ""
     filenames = (named,) if named.endswith(".safetensors") else WEIGHTS_NAMES
     return _locate(repo_id, filenames, revision or pinned or None)
 
 
+def resolve_all(names: Sequence[tuple[str, str | None]]) -> list[HubFile | HubError]:
+    """Resolve many names at once, each with its revision; results in their order.
+
+    When several in a row get no answer, the rest are not tried.
+    """
+    circuit = Circuit()
+
+    def one(item: tuple[str, str | None]) -> HubFile | HubError:
+        name, revision = item
+        try:
+            return circuit.call(lambda: resolve(name, revision=revision), what=name)
+        except HubError as error:
+            return error
+
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        return list(pool.map(one, names))
+
+
 def download(file: HubFile) -> Path:
-    """Fetch a file into the hub's cache, or find it there.
+    """Fetch a file into the cache of this machine, or find it there.
+
+    Processes that want one file wait for the first: huggingface_hub locks each.
 
     Returns:
         Path in the cache, with the right SHA-256 if that is known.
 
     Raises:
         HubError: If the file cannot be had, or keeps arriving with wrong bytes.
+        StoreError: If it does not fit on the disk of the cache.
     """
-    what = f"{file.repo_id}/{file.filename} at {file.commit[:12]}"
+    if hub_cache.cached(file) is None:
+        hub_cache.require_space(file)
+        hub_cache.remove_leftovers(file)
+    if file.repo_type == "url":
+        return download_url(file)
     for _ in range(CORRUPT_TRIES):
         path = Path(
             patiently(
                 lambda: hf_hub_download(
                     file.repo_id, file.filename, revision=file.commit, repo_type=file.repo_type
                 ),
-                what=what,
+                what=file.what,
             )
         )
         found = _sha256(path) if file.sha256 else None
@@ -113,7 +134,7 @@ def download(file: HubFile) -> Path:
         path.resolve().unlink(missing_ok=True)  # the blob: a repeated download would reuse it
         path.unlink(missing_ok=True)
     raise HubError(
-        f"{what}: expected sha256 {file.sha256}, received other bytes {CORRUPT_TRIES} times. "
+        f"{file.what}: expected sha256 {file.sha256}, received other bytes {CORRUPT_TRIES} times. "
         f"Something between here and {constants.ENDPOINT} changes the file; check proxies."
     )
 
@@ -121,13 +142,6 @@ def download(file: HubFile) -> Path:
 def checkpoint_ref(name: str, file: HubFile) -> CheckpointRef:
     """Reference of a pretrained timm model whose weights are this file; not downloaded yet."""
     return describe_timm(name, identity=file.identity)
-
-
-def hub_file(ref: CheckpointRef) -> HubFile:
-    """The file that a reference of ``checkpoint_ref`` names."""
-    match = re.fullmatch(r"hub:([^@]+)@([^/]+)/([^#]+)(?:#([0-9a-f]{64}))?", ref.identity)
-    assert match, ref.identity
-    return HubFile(match[1], match[2], match[3], size=None, sha256=match[4])
 
 
 def fetch_fashion_mnist(directory: Path | None = None) -> Path:
@@ -159,7 +173,7 @@ def fetch_fashion_mnist(directory: Path | None = None) -> Path:
 
 
 def _locate(
-    repo_id: str, filenames: tuple[str, ...], revision: str | None, *, repo_type: str = "model"
+    repo_id: str, filenames: tuple[str, ...], revision: str | None, *, repo_type: RepoType = "model"
 ) -> HubFile:
     """Find the first of these files that the repository has, in the cache if that suffices."""
     offline = constants.HF_HUB_OFFLINE
@@ -171,7 +185,8 @@ def _locate(
         raise HubError(
             f"{repo_id} at {revision or 'any revision'}: not in the cache "
             f"{constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set. Unset it, or fill the cache on "
-            "a machine with network."
+            "a machine with network: flatcensus fetch",
+            unasked=True,
         )
     what = f"{repo_id} at {revision}" if revision else repo_id
     ask = HfApi().dataset_info if repo_type == "dataset" else HfApi().model_info
@@ -193,7 +208,7 @@ def _locate(
 
 
 def _cached(
-    repo_id: str, filenames: tuple[str, ...], revision: str | None, repo_type: str
+    repo_id: str, filenames: tuple[str, ...], revision: str | None, repo_type: RepoType
 ) -> HubFile | None:
     """The file in the cache: at this revision, or at the only one cached where none is given."""
     folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type=repo_type)

@@ -10,6 +10,7 @@ import itertools
 import re
 import tomllib
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -27,6 +28,7 @@ from pipeline.entries import (
     TrainEntry,
 )
 from pipeline.errors import ManifestError, did_you_mean
+from pipeline.lock import lock_path
 from pipeline.matrix import PairPlot
 from pipeline.tomllines import line_of, table_lines
 from tasks.images import TRAINING_SPLIT
@@ -65,7 +67,8 @@ def load_manifest(path: Path | str) -> Manifest:
             f"{path}: cannot read the manifest ({error}). Expected a TOML file; "
             "see manifests/ for examples"
         ) from error
-    return parse_manifest(text, where=str(path), root=path.resolve().parent)
+    manifest = parse_manifest(text, where=str(path), root=path.resolve().parent)
+    return replace(manifest, lock_path=lock_path(path))
 
 
 def parse_manifest(

@@ -8,6 +8,7 @@ never reaches the user, so a token cannot either.
 
 from __future__ import annotations
 
+import errno
 import random
 import re
 import time
@@ -27,11 +28,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from pipeline.errors import HubError
+from pipeline.errors import HubError, StoreError
 
 TRIES = 6
 FIRST_PAUSE_SECONDS = 1.0  # doubles; with jitter 6 tries take 15-31 s besides the calls
 LONGEST_PAUSE_SECONDS = 300.0  # the hub's rate-limit window is five minutes
+FAILURES_IN_A_ROW = 3  # names or files that get no answer before the others are not tried: chosen
 RETRIED_STATUS = frozenset((408, 429, 500, 502, 503, 504))
 # The hub's header, as in '"api";r=0;t=55': no request is left, and the window ends in 55 s.
 RATE_LIMIT = re.compile(r"\br=0\s*;\s*t=(\d+)")
@@ -46,15 +48,44 @@ _HTTP_ERRORS = tuple(base for base in HfHubHTTPError.__mro__[1:] if issubclass(b
 T = TypeVar("T")
 
 
-def patiently(call: Callable[[], T], *, what: str) -> T:
+class Circuit:
+    """Whether it makes sense to go on asking: closed until several calls in a row got no answer."""
+
+    def __init__(self) -> None:
+        self.failures = 0
+
+    def call(self, ask: Callable[[], T], *, what: str) -> T:
+        """Ask, unless nobody answers any more.
+
+        Raises:
+            HubError: What ``ask`` raised, or that it was not tried.
+        """
+        if self.failures >= FAILURES_IN_A_ROW:
+            raise HubError(
+                f"{what}: not tried, because {constants.ENDPOINT} did not answer for others before",
+                unasked=True,
+            )
+        try:
+            result = ask()
+        except HubError as error:
+            waited = error.unasked and not constants.HF_HUB_OFFLINE
+            self.failures = self.failures + 1 if waited else 0
+            raise
+        self.failures = 0
+        return result
+
+
+def patiently(call: Callable[[], T], *, what: str, host: str | None = None) -> T:
     """Call the hub, several times if it is busy or unreachable for a moment.
 
     Args:
         call: Makes the requests.
         what: What is asked for, e.g. ``timm/vit_base_patch16_224.augreg_in21k``; for messages.
+        host: Who is asked, if not the hub.
 
     Raises:
         HubError: If the answer is final, or the last try failed.
+        StoreError: If the disk of the cache is full.
     """
     for attempt in range(1, TRIES + 1):
         try:
@@ -62,9 +93,9 @@ def patiently(call: Callable[[], T], *, what: str) -> T:
         # RuntimeError: how the Xet client reports a failed transfer.
         except (*_HTTP_ERRORS, EntryNotFoundError, OSError, RuntimeError) as error:
             cause = _cause(error)
-            pause = _pause(cause, attempt, what)
+            pause = _pause(cause, attempt, what, host or constants.ENDPOINT)
             if attempt == TRIES:
-                raise _exhausted(cause, what) from error
+                raise _exhausted(cause, what, host or constants.ENDPOINT) from error
         time.sleep(pause)
     raise AssertionError("unreachable")
 
@@ -76,14 +107,15 @@ def _cause(error: Exception) -> Exception:
     return error
 
 
-def _pause(error: Exception, attempt: int, what: str) -> float:
+def _pause(error: Exception, attempt: int, what: str, host: str) -> float:
     """Seconds to wait before the next try; raises HubError where no try can help."""
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
     if isinstance(error, OfflineModeIsEnabled):
         raise HubError(
             f"{what}: not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set. "
-            "Unset it, or fill the cache on a machine with network."
+            "Unset it, or fill the cache on a machine with network.",
+            unasked=True,
         ) from error
     if isinstance(error, GatedRepoError) or status == 403:
         raise HubError(
@@ -97,15 +129,20 @@ def _pause(error: Exception, attempt: int, what: str) -> float:
         raise HubError(f"{what}: the hub does not accept the login. {TOKEN_HINT}") from error
     if isinstance(error, RepositoryNotFoundError):
         raise HubError(
-            f"{what}: no such repository at {constants.ENDPOINT}, or a private one. "
+            f"{what}: no such repository at {host}, or a private one. "
             f"Check the name and HF_ENDPOINT. {TOKEN_HINT}"
         ) from error
     if status == 404 or isinstance(error, EntryNotFoundError):
-        raise HubError(f"{what}: not found at {constants.ENDPOINT}. Check the name.") from error
+        raise HubError(f"{what}: not found at {host}. Check the name.") from error
     if status is not None and status not in RETRIED_STATUS:
         raise HubError(
-            f"{what}: the hub answered with HTTP status {status}. Check HF_ENDPOINT "
-            f"(now {constants.ENDPOINT})."
+            f"{what}: {host} answered with HTTP status {status}. Check HF_ENDPOINT and proxies."
+        ) from error
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        raise StoreError(
+            f"{what}: no space is left for it in the cache {constants.HF_HUB_CACHE}. Free some, or "
+            "set HF_HOME to a folder on a larger disk; what is complete is kept.",
+            disk_full=True,
         ) from error
     if getattr(error, "errno", None) is not None and not isinstance(
         error, ConnectionError | TimeoutError
@@ -140,15 +177,17 @@ def _announced(headers: Mapping[str, str]) -> float | None:
     return max(0.0, (moment - datetime.now(UTC)).total_seconds())
 
 
-def _exhausted(error: Exception, what: str) -> HubError:
+def _exhausted(error: Exception, what: str, host: str) -> HubError:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:
         return HubError(
             f"{what}: the hub still answers with HTTP status {status} after {TRIES} tries. "
-            "Try again later: finished work is kept."
+            "Try again later: finished work is kept.",
+            unasked=True,
         )
     return HubError(
-        f"{what}: cannot reach {constants.ENDPOINT} after {TRIES} tries "
+        f"{what}: cannot reach {host} after {TRIES} tries "
         f"({type(error).__name__}). Check the network, HF_ENDPOINT and proxy settings; with a "
-        "filled cache, HF_HUB_OFFLINE=1 works without network."
+        "filled cache, HF_HUB_OFFLINE=1 works without network.",
+        unasked=True,
     )

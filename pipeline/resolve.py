@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.entries import DataSpec, Manifest, MeasurementEntry, TrainEntry
-from pipeline.errors import DataError, HubError, ManifestError
-from pipeline.lock import locked_commits
+from pipeline.errors import DataError, ManifestError
+from pipeline.hub_file import UNLOCKED, HubFile
+from pipeline.lock import Lock, known_lock
 from pipeline.shards import shard_key
 from pipeline.specs import (
     KEY_VERSION,
@@ -37,17 +38,25 @@ from tasks.outline import Outline, outline, outline_architecture
 from tasks.training import network_for
 
 
-def resolve(manifest: Manifest, store: Store) -> Resolved:
+def resolve(manifest: Manifest, store: Store, *, tentative: bool = False) -> Resolved:
     """Turn a manifest into specs: identities of data and weights, keys, ranges.
 
     Trained checkpoints enter once their training unit is committed. A checkpoint that cannot be had
     becomes an Unresolved row.
 
+    Args:
+        manifest: What to audit.
+        store: The run folder.
+        tentative: For plans alone: checkpoints of whose weights the hub could not be asked become
+            specs all the same, under an identity that nothing can be stored under.
+
     Raises:
         DataError: The images cannot be had.
         ManifestError: They are fewer than ``samples``, two checkpoints have one name, or a network
             to be trained does not fit them.
+        StoreError: A lock is damaged.
     """
+    lock = known_lock(manifest.lock_path, store)
     datasets = _Datasets()
     specs: list[Spec] = []
     refs: list[tuple[CheckpointRef, str]] = []
@@ -73,7 +82,8 @@ def resolve(manifest: Manifest, store: Store) -> Resolved:
     for entry, paths in manifest.local:
         for path in paths:
             refs.extend(_described(path, path.name, entry.family, unresolved))
-    hub_refs = list(_timm_refs(manifest, store, unresolved))
+    files: dict[str, tuple[HubFile, ...]] = {}
+    hub_refs = list(_timm_refs(manifest, lock, unresolved, files, tentative=tentative))
     refs.extend((ref, ref.name) for ref in hub_refs)
     _check_names(manifest, hub_refs)
     if images is not None:
@@ -88,7 +98,7 @@ def resolve(manifest: Manifest, store: Store) -> Resolved:
                 _measure_spec(manifest, ref, name, entry, images, training, network, transform)
                 for entry in manifest.measurements
             ]
-    return Resolved(tuple(specs), tuple(unresolved), tuple(untrained))
+    return Resolved(tuple(specs), tuple(unresolved), tuple(untrained), files)
 
 
 def _check_names(manifest: Manifest, hub_refs: Sequence[CheckpointRef]) -> None:
@@ -232,22 +242,28 @@ def _described(
 
 
 def _timm_refs(
-    manifest: Manifest, store: Store, unresolved: list[Unresolved]
+    manifest: Manifest,
+    lock: Lock,
+    unresolved: list[Unresolved],
+    files: dict[str, tuple[HubFile, ...]],
+    *,
+    tentative: bool,
 ) -> Iterator[CheckpointRef]:
-    """Hub checkpoints at the commit that this run first saw, or at the manifest's revision."""
+    """Hub checkpoints at the manifest's revision, else as locked, else as the hub has them now."""
     if not manifest.timm:
         return
-    from pipeline import hub
+    from pipeline import hub_names
 
-    commits = locked_commits(store)
-    for entry in manifest.timm:
-        for name in entry.names:
-            try:
-                revision = entry.revision or commits.get(describe_timm(name, identity="").name)
-                file = hub.resolve(name, revision=revision)
-            except (CheckpointError, HubError) as error:
-                architecture, _, tag = name.partition(".")
-                unresolved.append(Unresolved(name, entry.family or architecture, tag, str(error)))
-                continue
-            ref = hub.checkpoint_ref(name, file)
-            yield ref.model_copy(update={"family": entry.family}) if entry.family else ref
+    for weights in hub_names.find_weights(manifest, lock):
+        found, family = weights.file, weights.entry.family
+        if isinstance(found, HubFile):
+            files[weights.key] = (found,)
+            identity = found.identity
+        elif tentative and found.unasked:
+            identity = UNLOCKED + weights.name
+        else:
+            architecture, _, tag = weights.name.partition(".")
+            unresolved.append(Unresolved(weights.name, family or architecture, tag, str(found)))
+            continue
+        ref = describe_timm(weights.name, identity=identity)
+        yield ref.model_copy(update={"family": family}) if family else ref

@@ -18,7 +18,7 @@ from pipeline.entries import Manifest
 from pipeline.errors import UsageError
 from pipeline.executor import Executor, InlineExecutor, RayExecutor
 from pipeline.frozen import FROZEN, thaw
-from pipeline.lock import LOCK, lock_commits
+from pipeline.lock import LOCK, keep
 from pipeline.manifest import load_manifest, parse_manifest
 from pipeline.plan import Plan, make_plan
 from pipeline.reduce import Tables, planned_shards, reduce_run, write_tables
@@ -45,7 +45,8 @@ class Run:
 
     def plan(self) -> Plan:
         """What is done and what is to do, with checkpoints and images as they are now."""
-        return make_plan(self.manifest, self.store)
+        resolved = resolve(self.manifest, self.store, tentative=True)
+        return make_plan(self.manifest, self.store, resolved=resolved)
 
     def recall(self) -> Plan:
         """The same from the run folder alone, with checkpoints and images as last launched."""
@@ -117,7 +118,7 @@ def execute(
     run.store.probe()
     run.store.put(MANIFEST, run.manifest.text.encode())
     run.store.put(RUN, _description(run.manifest))
-    lock_commits((spec.ref for spec in found.specs if spec.ref is not None), run.store)
+    keep(found.files, run.store)
     run.store.clean_temporaries(TEMPORARY_SECONDS)
     quarantined = verify(run.store)
     result = launch(

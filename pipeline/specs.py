@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from pipeline.entries import DataSpec, MeasurementEntry, TrainEntry
+from pipeline.hub_file import UNLOCKED, HubFile
 from tasks.block import Block
 from tasks.checkpoints import CheckpointRef
 from tasks.outline import Outline
@@ -79,8 +81,11 @@ class Spec:
 
     @property
     def note(self) -> str:
-        """What its measurement says of this network before it runs; empty if nothing."""
-        return "" if self.entry is None else self.entry.measurement.note(self.network)
+        """What is to be known before it runs; empty if nothing."""
+        notes = [] if self.entry is None else [self.entry.measurement.note(self.network)]
+        if self.ref is not None and self.ref.identity.startswith(UNLOCKED):
+            notes.append("weights not locked: the hub could not be asked")
+        return "; ".join(note for note in notes if note)
 
     @property
     def subject(self) -> str:
@@ -149,6 +154,7 @@ class Resolved:
     specs: tuple[Spec, ...]
     unresolved: tuple[Unresolved, ...]
     untrained: tuple[TrainedRef, ...]
+    files: Mapping[str, tuple[HubFile, ...]] = field(default_factory=dict)  # by lock key
 
 
 def spec_key(fields: dict[str, Any]) -> str:

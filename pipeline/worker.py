@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from pipeline.errors import HubError, StoreError
+from pipeline.hub_file import identified
 from pipeline.outcome import HINTS, FailureClass, Outcome
 from pipeline.resolve import open_dataset
 from pipeline.schema import Constants, Failure, UnitRecord
@@ -232,7 +233,7 @@ def _with_weights(task: Task) -> CheckpointRef:
         return ref
     from pipeline import hub
 
-    return ref.model_copy(update={"path": str(hub.download(hub.hub_file(ref)))})
+    return ref.model_copy(update={"path": str(hub.download(identified(ref.identity)))})
 
 
 def _record(

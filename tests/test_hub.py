@@ -22,7 +22,8 @@ from safetensors.torch import save
 
 from pipeline import patience
 from pipeline.errors import HubError
-from pipeline.hub import checkpoint_ref, download, fetch_fashion_mnist, hub_file, resolve
+from pipeline.hub import checkpoint_ref, download, fetch_fashion_mnist, resolve
+from pipeline.hub_file import identified
 from tasks.checkpoints import CheckpointError, load_checkpoint
 from tasks.datasets import load_dataset
 
@@ -83,7 +84,9 @@ def test_a_downloaded_model_gives_the_outputs_of_the_saved_one(
 ) -> None:
     file = resolve(NAME)
     ref = checkpoint_ref(NAME, file)
-    loaded = load_checkpoint(ref.model_copy(update={"path": str(download(hub_file(ref)))}))
+    loaded = load_checkpoint(
+        ref.model_copy(update={"path": str(download(identified(ref.identity)))})
+    )
     images = torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected, found = model(images), loaded.model(images)
@@ -96,7 +99,7 @@ def test_a_downloaded_model_gives_the_outputs_of_the_saved_one(
 
 def test_a_reference_names_its_file_again(hub: FakeHub) -> None:
     file = resolve(NAME)
-    again = hub_file(checkpoint_ref(NAME, file))
+    again = identified(checkpoint_ref(NAME, file).identity)
     assert (again.repo_id, again.commit, again.filename, again.sha256) == (
         file.repo_id,
         file.commit,

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import pipeline.resolve
 from pipeline.hub import HubFile
-from pipeline.lock import LOCK, lock_commits
+from pipeline.lock import LOCK, keep
 from pipeline.manifest import parse_manifest
 from pipeline.resolve import resolve
 from pipeline.specs import spec_key
@@ -318,7 +318,7 @@ def hub_commits(store: Store, extra: str = "") -> set[str]:
         f'names = ["vit_tiny_patch16_224"]\n{extra}[[measurements]]\nmetric = "normalized_mls"\n'
     )
     found = resolve(parse_manifest(text, where="m.toml", root=Path("/nowhere")), store)
-    lock_commits((spec.ref for spec in found.specs if spec.ref), store)
+    keep(found.files, store)
     return {spec.fields["checkpoint"] for spec in found.specs}
 
 
@@ -328,7 +328,18 @@ def test_a_run_keeps_the_commit_it_first_saw(tmp_path: Path, hub: dict[str, str]
     hub["commit"] = "2" * 40
     assert hub_commits(store) == first
     assert hub_commits(open_store(tmp_path / "new")) != first
-    assert json.loads(store.get(LOCK)) == {"vit_tiny_patch16_224.augreg_in21k_ft_in1k": "1" * 40}
+    (key,) = json.loads(store.get(LOCK))["files"]
+    assert key == "timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+
+
+def test_a_run_folder_of_an_earlier_version_keeps_its_commit(tmp_path: Path, hub: dict[str, str]):
+    store = open_store(tmp_path / "run")
+    known = {"vit_tiny_patch16_224.augreg_in21k_ft_in1k": "3" * 40}
+    store.put(LOCK, json.dumps(known).encode())
+    assert "3" * 40 in hub_commits(store).pop()
+    hub["commit"] = "4" * 40
+    assert "3" * 40 in hub_commits(store).pop(), "now from the full record"
+    assert "commits" not in json.loads(store.get(LOCK))
 
 
 def test_a_revision_in_the_manifest_goes_before_the_lock(tmp_path: Path, hub: dict[str, str]):
