@@ -67,7 +67,7 @@ def _spec_record(spec: Spec, manifest: Manifest) -> dict[str, Any]:
         "ref": None if spec.ref is None else spec.ref.model_dump(mode="json"),
         "measurement": None if spec.entry is None else manifest.measurements.index(spec.entry),
         "train": None if spec.train is None else manifest.train.index(spec.train),
-        "data": spec.data.model_dump(mode="json"),
+        "data": spec.data.model_dump(mode="json", exclude_unset=True),
         "network": asdict(spec.network),
     }
 
