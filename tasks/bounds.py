@@ -25,7 +25,7 @@ from tasks.block import Block
 from tasks.bound_forms import Network
 from tasks.bound_terms import WHOLE, Terms, bound_terms
 from tasks.inequalities import evaluate, mls_bound, nmls_bound
-from tasks.layer_rows import GRAPH_COST, ROW_COST, memory_text, network_layers
+from tasks.layer_rows import GRAPH_COST, ROW_COST, memory_text, network_layers, num_passes
 from tasks.layers import Layer
 from tasks.linearised import linearised
 from tasks.matrix_normalized import layer_operator_norm
@@ -116,8 +116,10 @@ class Bounds(Measurement):
         return evaluate(network_of(rows))
 
     def forward_equivalents(self, network: Outline) -> float:
-        """Predicted work per image, with all rows in memory at once."""
-        return GRAPH_COST * 3 + ROW_COST * _SETS_OF_ROWS * network.jacobian_rows
+        """Predicted work per image."""
+        rows, sizes = network.jacobian_rows, [layer.input_size for layer in network.layers]
+        passes = num_passes(sizes, rows, self.memory_gib)
+        return GRAPH_COST * 3 + ROW_COST * _SETS_OF_ROWS * rows * passes
 
     def note(self, network: Outline) -> str:
         """How many rows, and what those of the largest layer need."""

@@ -51,6 +51,7 @@ class Counts:
         forward_flops: Floating-point operations (a product and a sum are 2).
         num_operators: Operators that write something: what a machine starts one by one.
         operator_bytes: What they write.
+        largest_bytes: The most that one of them writes.
         graph_bytes: Activations that the graph of the input Jacobian keeps.
         double_graph_bytes: Activations that the graph of its backward keeps besides, all together.
         layers: Linear and convolutional layers in the order of their calls.
@@ -62,6 +63,7 @@ class Counts:
     forward_flops: int
     num_operators: int
     operator_bytes: int
+    largest_bytes: int
     graph_bytes: int
     double_graph_bytes: int
     layers: tuple[LayerOutline, ...]
@@ -91,6 +93,7 @@ def count(model: nn.Module, input_size: tuple[int, ...]) -> Counts:
         forward_flops=counter.flops,
         num_operators=counter.operators,
         operator_bytes=counter.num_bytes,
+        largest_bytes=counter.largest,
         graph_bytes=graph_bytes,
         double_graph_bytes=kept.num_bytes,
         layers=tuple(layers),
@@ -102,7 +105,7 @@ class _Counter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.flops = self.operators = self.num_bytes = 0
+        self.flops = self.operators = self.num_bytes = self.largest = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -113,11 +116,13 @@ class _Counter(TorchDispatchMode):
             if formula is not None:
                 self.flops += int(formula(*args, **(kwargs or {}), out_val=result))
             self.operators += 1
-            self.num_bytes += sum(
+            written = [
                 t.numel() * t.element_size()
                 for t in (result if isinstance(result, tuple | list) else (result,))
                 if isinstance(t, torch.Tensor)
-            )
+            ]
+            self.num_bytes += sum(written)
+            self.largest = max(self.largest, *written, 0)
         return result
 
 

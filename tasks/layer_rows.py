@@ -94,7 +94,6 @@ def plan_rows(
         sizes[layer.name], indices[layer.name] = prod(layer.input_shape), k
     row = count * batch.inputs.element_size()
     budget = int(memory_gib * 2**30)
-    groups: list[list[str]] = []
     for name, size in sizes.items():
         if row * size > budget:
             what = f"layer {name}" if name else "images"
@@ -104,12 +103,29 @@ def plan_rows(
                 "memory_gib, or take a method without rows: nmls has lanczos, "
                 "local_dimensionality probes, input_invariant_mls hutchinson."
             )
-        if groups and row * (size + sum(sizes[other] for other in groups[-1])) <= budget:
-            groups[-1].append(name)
-        else:
-            groups.append([name])
+    names = list(sizes)
+    groups = [[names[i] for i in group] for group in _groups(list(sizes.values()), budget // row)]
     at_once = max(1, min(len(batch.samples), budget // (row * sum(sizes.values()))))
     return RowPlan(sizes, indices, groups, at_once, count, constant)
+
+
+def num_passes(sizes: Sequence[int], num_rows: int, memory_gib: float) -> int:
+    """How often all float32 rows are computed, for maps of these sizes; a prediction."""
+    return max(1, len(_groups(sizes, int(memory_gib * 2**30) // (4 * num_rows))))
+
+
+def _groups(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Maps in order, as many together as the budget of numbers per row allows, at least one."""
+    groups: list[list[int]] = []
+    held = 0
+    for number, size in enumerate(sizes):
+        if groups and held + size <= budget:
+            groups[-1].append(number)
+            held += size
+        else:
+            groups.append([number])
+            held = size
+    return groups
 
 
 def reduce_rows(

@@ -109,11 +109,11 @@ class Nmls(Measurement):
         return [sample_mean(rows, "nmls"), *layer_means(rows, "layer_mls")]
 
     def forward_equivalents(self, network: Outline) -> float:
-        """Predicted work per image, with all rows in memory at once."""
+        """Predicted work per image."""
         sizes = [layer.input_size for layer in network.layers]
         method = self._resolved(network.jacobian_rows, sizes, network.num_outputs)
         if method == "exact":
-            return predicted_cost(network, image=False, layers=True)
+            return predicted_cost(network, image=False, layers=True, memory_gib=self.memory_gib)
         return _lanczos_cost(len(sizes), self._steps(network.num_outputs))
 
     def note(self, network: Outline) -> str:

@@ -48,6 +48,7 @@ class Outline:
         layers: Linear and convolutional layers in the order of their calls.
         num_operators: Operators of a forward that write something.
         operator_bytes: What they write for one image.
+        largest_bytes: The most that one of them writes.
         graph_bytes: Activations that the graph of one image's Jacobian keeps.
         double_graph_bytes: The same with the graph of its backward.
         weight_bytes: Parameters and buffers as a weights file holds them.
@@ -61,6 +62,7 @@ class Outline:
     # Zero where an older flatcensus wrote them down.
     num_operators: int = 0
     operator_bytes: int = 0
+    largest_bytes: int = 0
     graph_bytes: int = 0
     double_graph_bytes: int = 0
     weight_bytes: int = 0

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tasks.layer_rows import GRAPH_COST, ROW_COST, plan_rows, reduce_rows
+from tasks.layer_rows import GRAPH_COST, ROW_COST, num_passes, plan_rows, reduce_rows
 from tasks.measurement import Batch, Subject
 from tasks.outline import Outline
 from tasks.self_test import self_test
@@ -97,14 +97,16 @@ def spectra(
     )
 
 
-def predicted_cost(network: Outline, *, image: bool = True, layers: bool = False) -> float:
-    """No-grad forwards that the spectra of one image take, with all rows in memory at once."""
+def predicted_cost(
+    network: Outline, *, image: bool = True, layers: bool = False, memory_gib: float = 2.0
+) -> float:
+    """No-grad forwards that the spectra of one image take, passes of groups of rows included."""
     sizes = [math.prod(network.data_config["input_size"])] if image else []
     sizes += [layer.input_size for layer in network.layers] if layers else []
     rows = network.jacobian_rows
     # A Gram matrix has 2 R^2 D operations, which take twice as long in float64 as a forward's.
     algebra = 4 * rows**2 * sum(sizes) / network.forward_flops
-    return GRAPH_COST + ROW_COST * rows + algebra
+    return GRAPH_COST + ROW_COST * rows * num_passes(sizes, rows, memory_gib) + algebra
 
 
 def numerical_rank(singular_values: np.ndarray, noise: float) -> tuple[np.ndarray, np.ndarray]:

@@ -123,8 +123,8 @@ class Volume(Measurement):
         return [*estimates, _marked(log_mean(rows, "log_nvr", name="log_nvr"), some_vary)]
 
     def forward_equivalents(self, network: Outline) -> float:
-        """Predicted work per image, with all rows in memory at once."""
-        return predicted_cost(network, layers=self.layers)
+        """Predicted work per image."""
+        return predicted_cost(network, layers=self.layers, memory_gib=self.memory_gib)
 
     def note(self, network: Outline) -> str:
         """How many rows, and what those of the largest map need."""
