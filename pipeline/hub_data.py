@@ -9,7 +9,7 @@ HF_HUB_OFFLINE=1, or for a full commit whose files are in the cache, nothing is 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants
@@ -17,37 +17,46 @@ from huggingface_hub.file_download import repo_folder_name
 
 from pipeline.entries import DataSpec
 from pipeline.errors import DataError, HubError
-from pipeline.hub import COMMIT, SHA256, HubFile
+from pipeline.hub_file import COMMIT, SHA256, HubFile
 from pipeline.patience import patiently
 
 
-def files(data: DataSpec, *, split: str | None = None) -> tuple[HubFile, ...]:
+def files(
+    data: DataSpec, *, split: str | None = None, locked: Sequence[HubFile] = ()
+) -> tuple[HubFile, ...]:
     """Find the Parquet files of a split: all, or the first ``data.files``, at one commit.
 
     Args:
         data: A data table with ``name = "hub"``.
         split: Another split than the table's.
+        locked: What a lock has of it. If that is enough, nobody is asked; if not, the rest is
+            looked for at the same commit.
 
     Raises:
         DataError: If the repository has no such split, or the split lacks files.
         HubError: If the hub cannot be asked, or does not let us in.
     """
     split = split or data.split
-    repo = data.repo or ""
-    pinned = data.revision if COMMIT.fullmatch(data.revision or "") else None
-    if constants.HF_HUB_OFFLINE or pinned:
-        for listed in _cached(repo, data.revision):
+    repo, revision = data.repo or "", data.revision
+    if locked:
+        found = _choose(locked, split, data.files)
+        if found is not None and _is_whole(found, data.files):
+            return found
+        revision = locked[0].commit
+    if constants.HF_HUB_OFFLINE or COMMIT.fullmatch(revision or ""):
+        for listed in _cached(repo, revision):
             found = _choose(listed, split, data.files)
-            # Names without a count do not tell whether the cache holds all of a split.
-            if found is not None and (data.files or "-of-" in found[0].filename):
+            if found is not None and _is_whole(found, data.files):
                 return found
-    what = f"{repo} at {data.revision}" if data.revision else repo
+    what = f"{repo} at {revision}" if revision else repo
     if constants.HF_HUB_OFFLINE:
         raise HubError(
             f"{what}: the split {split!r} is not whole in the cache {constants.HF_HUB_CACHE}, and "
-            "HF_HUB_OFFLINE is set. Unset it, or fill the cache on a machine with network."
+            "HF_HUB_OFFLINE is set. Unset it, or fill the cache on a machine with network: "
+            "flatcensus fetch",
+            unasked=True,
         )
-    listed = _listed(repo, data.revision, what)
+    listed = _listed(repo, revision, what)
     found = _choose(listed, split, data.files)
     if found is not None:
         return found
@@ -67,6 +76,11 @@ def _split(filename: str) -> str | None:
     """The split that a file belongs to, with its folder; None if it is no Parquet shard."""
     match = _NAME.fullmatch(filename)
     return match["split"] if match else None
+
+
+def _is_whole(found: Sequence[HubFile], count: int | None) -> bool:
+    """Whether these are all that is wanted: names without a count do not tell of others."""
+    return (count is not None and len(found) >= count) or "-of-" in found[0].filename
 
 
 def _choose(listed: Iterable[HubFile], split: str, count: int | None) -> tuple[HubFile, ...] | None:
