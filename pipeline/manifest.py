@@ -190,7 +190,7 @@ class _Parser:
                     )
                 seen[name] = index
                 if data is not None:
-                    family = special.get("family", settings.network)
+                    family = special.get("family") or settings.family
                     yield TrainEntry(
                         name=name, family=family, data=self.rooted(data), settings=settings
                     )

@@ -1,4 +1,4 @@
-"""The small networks that the paper trains, layer by layer, and a small timm vision transformer.
+"""The small networks that the paper trains, layer by layer, and those of timm.
 
 Sizes and initialisations are those of the authors' code for arXiv 2310.01770: an MLP with three
 hidden layers of 500, LeNet in its CIFAR and Fashion-MNIST variants, and a five-layer "VGG-11".
@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import timm
 import torch
 from torch import nn
 
@@ -160,6 +161,34 @@ def vit(
         "proj_drop_rate": dropout,
     }
     return VIT_ARCHITECTURE, model_args
+
+
+def timm_network(
+    architecture: str, sizes: Mapping[str, int], model_args: Mapping[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """Describe an architecture of timm for images of these sizes.
+
+    Args:
+        architecture: timm's name, without a tag.
+        sizes: ``in_chans``, ``img_size`` and ``num_classes``. Architectures that take images of any
+            size know no ``img_size``; for them it is left out.
+        model_args: Further arguments of the architecture; they win over ``sizes``.
+
+    Returns:
+        timm architecture and its ``model_args``.
+
+    Raises:
+        Exception: Whatever the constructor raises for arguments that do not fit it.
+    """
+    arguments = {**sizes, **model_args}
+    try:
+        with torch.device("meta"):
+            timm.create_model(architecture, **arguments)
+    except TypeError as error:
+        if "img_size" not in str(error) or "img_size" in model_args:
+            raise
+        del arguments["img_size"]
+    return architecture, arguments
 
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {

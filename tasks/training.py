@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tasks.datasets import DatasetError, ImageDataset, sample_order, tensors
 from tasks.measurement import MeasurementError, Row
-from tasks.networks import build_network, vit
+from tasks.networks import build_network, timm_network, vit
 from tasks.random import generator
 from tasks.training_settings import TrainSettings
 
@@ -112,10 +112,12 @@ def network_for(
     try:
         architecture, model_args = _architecture(settings, train_set, data_config)
         with torch.device("meta"):  # no memory and no random number: only the sizes are tried
-            _build(architecture, model_args)
-    except ValueError as error:
+            _build(architecture, model_args).eval()(torch.empty(1, *data_config["input_size"]))
+    # What constructors raise when sizes do not fit them or each other.
+    except (AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        name = settings.architecture or settings.network
         raise DatasetError(
-            f"network {settings.network!r} on the images of {train_set.name}: {error}"
+            f"network {name!r} on the images of {train_set.name}: {error}"
         ) from error
     return architecture, model_args, data_config
 
@@ -233,10 +235,11 @@ def _data_config(settings: TrainSettings, train_set: ImageDataset) -> dict[str, 
             f"{train_set.name}: training needs square images, found {image.width}×{image.height}"
         )
     channels = 1 if image.mode == "L" else 3
-    # The paper's networks see pixels / 255; the vision transformer values in [-1, 1], as in timm.
-    mean, std = (0.5, 0.5) if settings.network == "vit" else (0.0, 1.0)
+    # The paper's networks see pixels / 255; timm's values in [-1, 1], as most of them do.
+    mean, std = (0.5, 0.5) if settings.network in ("vit", "timm") else (0.0, 1.0)
+    size = settings.img_size or image.height
     return {
-        "input_size": (channels, image.height, image.width),
+        "input_size": (channels, size, size),
         "interpolation": "bicubic",
         "crop_pct": 1.0,
         "crop_mode": "center",
@@ -252,6 +255,9 @@ def _architecture(
     sizes = {"in_chans": channels, "img_size": size, "num_classes": train_set.num_classes}
     if settings.network == "vit":
         return vit(**sizes, **settings.network_args())
+    if settings.network == "timm":
+        assert settings.architecture is not None
+        return timm_network(settings.architecture, sizes, settings.model_args or {})
     return f"flatcensus_{settings.network}", sizes | settings.network_args()
 
 

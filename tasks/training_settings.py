@@ -6,9 +6,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import pydantic
 
+from tasks.checkpoints import architecture_family
 from tasks.measurement import Settings
 
-Network = Literal["mlp", "lenet", "vgg11", "vit"]
+Network = Literal["mlp", "lenet", "vgg11", "vit", "timm"]
 PositiveInt = Annotated[int, pydantic.Field(ge=1)]
 PositiveFloat = Annotated[float, pydantic.Field(gt=0)]
 
@@ -21,6 +22,7 @@ NETWORK_DEFAULTS: dict[str, dict[str, Any]] = {
     "vit": {
         "width": 48, "depth": 3, "heads": 3, "patch_size": 7, "mlp_ratio": 2.0, "dropout": 0.0,
     },
+    "timm": {"architecture": None, "img_size": None, "model_args": None},
 }  # fmt: skip
 OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
     "sgd": {"learning_rate": 0.1, "momentum": 0.0},  # the paper's
@@ -35,7 +37,8 @@ class TrainSettings(Settings):
     the others, where they are None.
 
     Attributes:
-        network: ``"mlp"``, ``"lenet"``, ``"vgg11"`` (the paper's) or ``"vit"`` (timm's class).
+        network: ``"mlp"``, ``"lenet"``, ``"vgg11"`` (the paper's), ``"vit"`` (timm's class, small)
+            or ``"timm"``: any architecture of timm.
         width: Hidden units of the mlp, embedding dimension of the vit.
         depth: Hidden layers of the mlp, blocks of the vit.
         heads: Attention heads of the vit; divides ``width``.
@@ -43,6 +46,9 @@ class TrainSettings(Settings):
         mlp_ratio: Hidden units of the vit's blocks in units of ``width``.
         dropout: Dropout probability of the vit in training.
         activation: Of the mlp.
+        architecture: timm's name, without a tag; for ``"timm"`` only, and required there.
+        img_size: Pixels that the images are resized to; None for the images as they are.
+        model_args: Further keyword arguments of the architecture.
         loss: ``"cross_entropy"``, or the mean over outputs of the squared error of the logits
             (``"mse"``) or of their sigmoids (``"sigmoid_mse"``) from one-hot labels.
         optimizer: ``"sgd"`` or ``"adamw"``.
@@ -69,6 +75,9 @@ class TrainSettings(Settings):
     mlp_ratio: PositiveFloat | None = None
     dropout: Annotated[float, pydantic.Field(ge=0, lt=1)] | None = None
     activation: Literal["relu", "tanh"] | None = None
+    architecture: str | None = None
+    img_size: PositiveInt | None = None
+    model_args: dict[str, Any] | None = None
     loss: Literal["cross_entropy", "mse", "sigmoid_mse"] = "cross_entropy"
     optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: PositiveFloat = 0.1
@@ -101,11 +110,20 @@ class TrainSettings(Settings):
                 if key not in table[owner] and getattr(self, key) is not None:
                     users = ", ".join(name for name, fields in table.items() if key in fields)
                     raise ValueError(f"{key} has no meaning for {owner!r} (only for {users})")
+        if self.network == "timm":
+            if self.architecture is None:
+                raise ValueError("network = 'timm' needs architecture = \"a name of timm's\"")
+            architecture_family(self.architecture)
         if self.warmup_steps >= self.steps:
             raise ValueError(
                 f"warmup_steps = {self.warmup_steps} must be below steps = {self.steps}"
             )
         return self
+
+    @property
+    def family(self) -> str:
+        """Family of its checkpoints unless somebody names another: timm's module, or network."""
+        return architecture_family(self.architecture) if self.architecture else self.network
 
     def network_args(self) -> dict[str, Any]:
         """The fields that belong to the network, by the names of ``tasks.networks``."""
@@ -113,4 +131,7 @@ class TrainSettings(Settings):
 
     def key_fields(self) -> dict[str, Any]:
         """The settings that determine the weights and the rows, defaults filled in."""
-        return {"task": "training", "version": self.version, **self.model_dump(mode="json")}
+        fields = self.model_dump(mode="json")
+        if self.network != "timm":  # keys are older than these settings, which mean nothing here
+            fields = {k: v for k, v in fields.items() if k not in NETWORK_DEFAULTS["timm"]}
+        return {"task": "training", "version": self.version, **fields}

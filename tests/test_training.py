@@ -1,13 +1,17 @@
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pydantic
 import pytest
+import timm
 import torch
 from torch import nn
 
+from pipeline.specs import spec_key
 from tasks import training
+from tasks.checkpoints import describe_local, load_checkpoint, save_checkpoint
 from tasks.datasets import DatasetError, ImageDataset, load_dataset, tensors
 from tasks.measurement import MeasurementError, Row
 from tasks.training import TrainSettings, train
@@ -202,6 +206,9 @@ def test_each_pass_is_another_permutation_of_all_images() -> None:
         ({"network": "mlp", "learning_rate": math.nan}, "learning_rate"),
         ({"network": "mlp", "batchsize": 3}, "batchsize"),
         ({"network": "resnet"}, "network"),
+        ({"network": "timm"}, "network = 'timm' needs architecture"),
+        ({"network": "timm", "architecture": "levit_128x"}, "Did you mean levit_128"),
+        ({"network": "vit", "img_size": 32}, "img_size has no meaning for 'vit' .only for timm."),
         ({"network": "mlp", "steps": "100"}, "steps"),
     ],
 )
@@ -219,8 +226,9 @@ def test_defaults_are_those_of_network_and_optimizer() -> None:
 
 
 def test_settings_survive_json_and_explicit_defaults_give_the_same_key() -> None:
-    for network in ("mlp", "lenet", "vgg11", "vit"):
-        short = TrainSettings(network=network)
+    timm_network = {"network": "timm", "architecture": "levit_128s", "model_args": {"depth": [1]}}
+    for fields in (*({"network": n} for n in ("mlp", "lenet", "vgg11", "vit")), timm_network):
+        short = TrainSettings(**fields)
         assert TrainSettings.model_validate_json(short.model_dump_json()) == short
         assert TrainSettings(**short.model_dump()).key_fields() == short.key_fields()
     assert TrainSettings(network="mlp", width=500).key_fields() == (
@@ -229,11 +237,13 @@ def test_settings_survive_json_and_explicit_defaults_give_the_same_key() -> None
 
 
 def test_every_setting_is_part_of_the_key() -> None:
-    assert set(TrainSettings(network="vit").key_fields()) == {
-        "task",
-        "version",
-        *TrainSettings.model_fields,
-    }
+    fields = TrainSettings(network="timm", architecture="levit_128s").key_fields()
+    assert set(fields) == {"task", "version", *TrainSettings.model_fields}
+
+
+def test_keys_of_our_own_networks_are_those_of_runs_made_before_timm_could_be_trained() -> None:
+    keys = {n: spec_key(TrainSettings(network=n).key_fields()) for n in ("mlp", "vit")}
+    assert keys == {"mlp": "10a29e959003d0b0f5c4b05b", "vit": "1da050ae90707bf08d991a4f"}
 
 
 @pytest.mark.parametrize(
@@ -241,6 +251,14 @@ def test_every_setting_is_part_of_the_key() -> None:
     [
         ({"network": "vit", "patch_size": 3}, "patch_size = 3 does not divide the image size 8"),
         ({"network": "lenet"}, "at least 12 pixels, found 8"),
+        (
+            {"network": "timm", "architecture": "crossvit_9_240", "img_size": 64},
+            "network 'crossvit_9_240' on the images of digits: ",
+        ),
+        (
+            {"network": "timm", "architecture": "repvit_m0_9", "model_args": {"depht": 2}},
+            "network 'repvit_m0_9' on the images of digits: .*depht",
+        ),
         ({"network": "mlp", "train_samples": 5000}, "train_samples = 5000, but digits has 1297"),
     ],
 )
@@ -249,6 +267,39 @@ def test_a_network_that_does_not_fit_the_images_is_refused(
 ) -> None:
     with pytest.raises(DatasetError, match=text):
         train(TrainSettings(**changes), TRAIN, TEST)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "size", "model_args"),
+    [
+        (
+            "vit_tiny_patch16_224",
+            16,
+            {"embed_dim": 24, "depth": 1, "num_heads": 3, "patch_size": 8},
+        ),
+        ("repvit_m0_9", 32, None),  # images of any size: no img_size among its arguments
+    ],
+)
+def test_any_architecture_of_timm_is_trained_on_resized_images_and_loads_again(
+    architecture: str, size: int, model_args: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    short = TrainSettings(
+        network="timm", architecture=architecture, img_size=size, model_args=model_args,
+        batch_size=8, steps=2, train_samples=16, eval_every=0,
+    )  # fmt: skip
+    few = ImageDataset("digits", None, TEST.images[:20], TEST.labels[:20], TEST.class_names)
+    trained = train(short, TRAIN, few)
+    assert trained.data_config["input_size"] == (1, size, size)
+    save_checkpoint(
+        trained.model, tmp_path, architecture=trained.architecture,
+        model_args=trained.model_args, data_config=trained.data_config, family=short.family,
+    )  # fmt: skip
+    ref = describe_local(tmp_path)
+    assert ref.family == timm.model_entrypoint(architecture).__module__.rpartition(".")[2]
+    loaded = load_checkpoint(ref)
+    inputs, _ = tensors(few, loaded.data_config)
+    assert inputs.shape == (20, 1, size, size)
+    torch.testing.assert_close(loaded.model(inputs), trained.model(inputs), rtol=1e-4, atol=1e-5)
 
 
 def test_sets_of_different_classes_are_refused() -> None:
