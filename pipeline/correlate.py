@@ -23,6 +23,7 @@ from tasks.correlation import (
     transformed,
 )
 
+_FLOATS = {"value": "float64", "stderr": "float64"}
 COLUMNS = {
     "x": "str", "y": "str", "transform_x": "str", "transform_y": "str", "group": "str",
     "method": "str", "r": "float64", "r_corrected": "float64", "ci_low": "float64",
@@ -39,6 +40,8 @@ class CorrelationPair(pydantic.BaseModel):
         transform_x: Scale of x: ``"log"`` (default), ``"sqrt"`` or ``"identity"``.
         transform_y: Scale of y.
         methods: Which coefficients.
+        max_relative_stderr: Leave out checkpoints where the standard error of x or y, over its
+            value, is larger. The paper's Fig. 4 has 0.15.
     """
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
@@ -50,6 +53,7 @@ class CorrelationPair(pydantic.BaseModel):
     methods: tuple[Method, ...] = pydantic.Field(
         default=("pearson", "spearman", "kendall"), min_length=1
     )
+    max_relative_stderr: float | None = pydantic.Field(default=None, gt=0)
 
     @pydantic.model_validator(mode="after")
     def _is_a_pair(self) -> CorrelationPair:
@@ -103,6 +107,7 @@ def correlation_rows(
     """
     rows = []
     for group, members in groups:
+        notes = [_unknown_series(summary, pair), _left_out(members, pair)]
         for method in pair.methods:
             names = (pair.x, pair.y, pair.transform_x, pair.transform_y, group, method)
             estimate = correlate(
@@ -117,7 +122,7 @@ def correlation_rows(
                 num_bootstrap=num_bootstrap[method],
                 seed=derived_seed(seed, *names),
             )
-            rows.append((*names, *_cells(estimate, _unknown_series(summary, pair))))
+            rows.append((*names, *_cells(estimate, notes)))
     return rows
 
 
@@ -129,8 +134,9 @@ def correlation_frame(rows: Sequence[tuple[object, ...]]) -> pd.DataFrame:
 def paired_points(summary: pd.DataFrame, pair: CorrelationPair) -> pd.DataFrame:
     """Checkpoints planned for either series, one per row and sorted by name.
 
-    Columns: checkpoint, family, x, x_stderr, y, y_stderr, usable (both values finite and inside
-    their transforms' domains). Raises ValueError if a checkpoint has two rows of one series.
+    Columns: checkpoint, family, x, x_stderr, y, y_stderr, imprecise (a standard error above the
+    pair's limit: its value is NaN here), usable (both values finite and inside their transforms'
+    domains). Raises ValueError if a checkpoint has two rows of one series.
     """
     columns = ["checkpoint", "family", "series", "value", "stderr"]
     rows = summary.loc[summary["series"].isin([pair.x, pair.y]), columns]
@@ -143,10 +149,15 @@ def paired_points(summary: pd.DataFrame, pair: CorrelationPair) -> pd.DataFrame:
         )
     points = rows.drop_duplicates("checkpoint").set_index("checkpoint")[["family"]].sort_index()
     points["family"] = points["family"].fillna("")
+    points["imprecise"] = False
     for axis, series in (("x", pair.x), ("y", pair.y)):
-        found = rows[rows["series"] == series].set_index("checkpoint")
-        points[axis] = found["value"].astype("float64")
-        points[f"{axis}_stderr"] = found["stderr"].astype("float64")
+        found = rows[rows["series"] == series].set_index("checkpoint").astype(_FLOATS)
+        points[axis], points[f"{axis}_stderr"] = found["value"], found["stderr"]
+        if pair.max_relative_stderr is not None:
+            limit = pair.max_relative_stderr * points[axis].abs()
+            wide = points[f"{axis}_stderr"] > limit
+            points.loc[wide, axis] = np.nan
+            points["imprecise"] |= wide
     x, _ = transformed(points["x"], points["x_stderr"], pair.transform_x)
     y, _ = transformed(points["y"], points["y_stderr"], pair.transform_y)
     points["usable"] = np.isfinite(x) & np.isfinite(y)
@@ -167,8 +178,15 @@ def _unknown_series(summary: pd.DataFrame, pair: CorrelationPair) -> str:
     return f"this run has no series {' or '.join(unknown)}" if unknown else ""
 
 
-def _cells(estimate: CorrelationEstimate, unknown: str) -> tuple[object, ...]:
-    reason = "; ".join(note for note in (unknown, estimate.reason) if note)
+def _left_out(members: pd.DataFrame, pair: CorrelationPair) -> str:
+    count = int(members["imprecise"].sum())
+    if not count:
+        return ""
+    return f"{count} missing for a relative standard error above {pair.max_relative_stderr:g}"
+
+
+def _cells(estimate: CorrelationEstimate, notes: Sequence[str]) -> tuple[object, ...]:
+    reason = "; ".join(note for note in (*notes, estimate.reason) if note)
     return (
         estimate.r, estimate.r_corrected, estimate.ci_low, estimate.ci_high,
         estimate.n, estimate.n_missing, reason,

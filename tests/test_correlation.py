@@ -260,6 +260,29 @@ def test_a_checkpoint_with_one_series_only_is_missing():
     assert table["n_missing"].tolist()[0] == 1
 
 
+def test_values_with_wide_error_bars_are_left_out_where_the_pair_says_so_and_counted():
+    wide = {("n1", X): 0.5, ("n2", Y): -0.5}  # the sign of a value has no say
+    lines = [
+        line(f"n{i}", "f", s, (1.0 + i) * (-1 if (f"n{i}", s) in wide and s == Y else 1),
+             0.5 * (1.0 + i) if (f"n{i}", s) in wide else 0.1)
+        for i in range(6) for s in (X, Y)
+    ]  # fmt: skip
+    identity = {"transform_x": "identity", "transform_y": "identity"}
+    summary = pd.DataFrame(lines)
+    everyone = CorrelationPair(x=X, y=Y, **identity)
+    precise = CorrelationPair(x=X, y=Y, **identity, max_relative_stderr=0.15)
+    narrow = summary[~summary["checkpoint"].isin(["n1", "n2"])]
+    found = correlation_table(summary, [precise], seed=0, num_bootstrap=50)
+    alone = correlation_table(narrow, [everyone], seed=0, num_bootstrap=50)
+    assert found["r"].equals(alone["r"])
+    assert set(found["n_missing"]) == {2}
+    assert set(alone["n_missing"]) == {0}
+    text = "2 missing for a relative standard error above 0.15"
+    assert found["reason"].str.contains(text).all()
+    assert not alone["reason"].str.contains("relative").any()
+    assert paired_points(summary, everyone)["usable"].all()
+
+
 def test_all_failed_unknown_series_and_empty_summaries_give_reasons():
     failed = correlation_table(census(6, failed=6, outliers=0), [PAIR], seed=0)
     assert failed["r"].isna().all()
