@@ -6,18 +6,24 @@ answers at once. Knobs belong in the manifest; options here only say where and h
 
 from __future__ import annotations
 
-import os
-import shlex
-import sys
 import warnings
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
+from pipeline import hub_commands
+from pipeline.command import (
+    JsonOption,
+    ManifestArg,
+    OnOption,
+    RunArg,
+    RunOption,
+    relative,
+    reported,
+    shown,
+)
 from pipeline.console import Console, ProgressDisplay
 from pipeline.durations import duration
 from pipeline.errors import (
@@ -25,15 +31,11 @@ from pipeline.errors import (
     EXIT_FAILED_UNITS,
     EXIT_INTERRUPTED,
     EXIT_OK,
-    EXIT_UNEXPECTED,
-    FlatcensusError,
     UsageError,
 )
 
 if TYPE_CHECKING:
     from pipeline.run import Run
-
-P = ParamSpec("P")
 
 app = typer.Typer(
     name="flatcensus",
@@ -44,18 +46,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-ManifestArg = Annotated[Path, typer.Argument(help="TOML manifest; see manifests/.")]
-RunArg = Annotated[str, typer.Argument(metavar="RUN", help="Run folder, such as runs/demo.")]
-RunOption = Annotated[
-    str | None, typer.Option("--run", help="Run folder; default runs/<name of the manifest>.")
-]
-OnOption = Annotated[
-    str, typer.Option("--on", help="inline, local (Ray on this machine), or a Ray address.")
-]
-JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")
-]
-
 
 def main() -> None:
     """Entry point of the ``flatcensus`` command."""
@@ -64,38 +54,8 @@ def main() -> None:
     app()
 
 
-def _reported(command: Callable[P, int]) -> Callable[P, None]:
-    """Turn errors into one message and an exit code; the outermost border."""
-
-    @wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        console = Console(as_json=bool(kwargs.get("as_json")))
-        try:
-            code = command(*args, **kwargs)
-        except FlatcensusError as error:
-            console.error(str(error))
-            code = error.exit_code
-        except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            code = EXIT_OK
-        except KeyboardInterrupt:
-            console.error("interrupted; nothing is lost, the same command continues")
-            code = EXIT_INTERRUPTED
-        except Exception as error:
-            if os.environ.get("FLATCENSUS_DEBUG"):
-                raise
-            console.error(
-                f"unexpected {type(error).__name__}: {error}. "
-                "Set FLATCENSUS_DEBUG=1 for the traceback, and please report it"
-            )
-            code = EXIT_UNEXPECTED
-        raise typer.Exit(code)
-
-    return run
-
-
 @app.command()
-@_reported
+@reported
 def demo(run_folder: RunOption = None, on: OnOption = "local", as_json: JsonOption = False) -> int:
     """Train a small population on digits, audit it, write a report: minutes on a laptop."""
     from pipeline.demo import demo_manifest
@@ -108,7 +68,7 @@ def demo(run_folder: RunOption = None, on: OnOption = "local", as_json: JsonOpti
 
 
 @app.command("list")
-@_reported
+@reported
 def list_things(
     what: Annotated[str, typer.Argument(help="metrics, datasets, networks or models")],
     pattern: Annotated[str, typer.Argument(help="for models: a wildcard such as 'vit_*'")] = "*",
@@ -124,7 +84,7 @@ def list_things(
 
 
 @app.command()
-@_reported
+@reported
 def plan(manifest: ManifestArg, run_folder: RunOption = None, as_json: JsonOption = False) -> int:
     """Show what would run, why, and what it would cost. Runs nothing, writes nothing."""
     from pipeline.labels import counted
@@ -155,10 +115,10 @@ def plan(manifest: ManifestArg, run_folder: RunOption = None, as_json: JsonOptio
         console.warn(f"{missing.checkpoint}: {missing.reason}")
     for line in stale_lines(current, run.store):
         console.warn(line)
-    folder = _shown(_relative(run.store.uri))
+    folder = shown(relative(run.store.uri))
     if current.units:
-        place = f" --run {_shown(run_folder)}" if run_folder else ""
-        console.next_step(f"flatcensus launch {_shown(manifest)}{place}", "run it")
+        place = f" --run {shown(run_folder)}" if run_folder else ""
+        console.next_step(f"flatcensus launch {shown(manifest)}{place}", "run it")
     elif current.num_failed:
         console.say(f"nothing is left to do, {current.num_failed} failed")
         console.next_step(f"flatcensus resume {folder}", "try the failed ones again")
@@ -168,8 +128,12 @@ def plan(manifest: ManifestArg, run_folder: RunOption = None, as_json: JsonOptio
     return EXIT_OK
 
 
+app.command()(reported(hub_commands.lock))
+app.command()(reported(hub_commands.fetch))
+
+
 @app.command()
-@_reported
+@reported
 def train(
     manifest: ManifestArg,
     run_folder: RunOption = None,
@@ -186,7 +150,7 @@ def train(
 
 
 @app.command()
-@_reported
+@reported
 def launch(
     manifest: ManifestArg,
     run_folder: RunOption = None,
@@ -200,7 +164,7 @@ def launch(
 
 
 @app.command()
-@_reported
+@reported
 def resume(run: RunArg, on: OnOption = "local", as_json: JsonOption = False) -> int:
     """Continue a run from its folder alone, and try its failed units again."""
     from pipeline.run import open_run
@@ -209,7 +173,7 @@ def resume(run: RunArg, on: OnOption = "local", as_json: JsonOption = False) -> 
 
 
 @app.command()
-@_reported
+@reported
 def status(run: RunArg, as_json: JsonOption = False) -> int:
     """Show what is done, to do and failed. Reads the run folder only."""
     from pipeline.labels import counted
@@ -225,17 +189,17 @@ def status(run: RunArg, as_json: JsonOption = False) -> int:
         console.warn(f"{missing.checkpoint}: {missing.reason}")
     _show_bounds(console, run, published_table(opened.store, "bounds"), when=", when last reduced")
     if current.num_failed:
-        console.next_step(f"flatcensus query {_shown(run)} failures", "why they failed")
+        console.next_step(f"flatcensus query {shown(run)} failures", "why they failed")
     elif current.units:
         todo = f"{counted(len(current.units), 'unit')} to do"
-        console.next_step(f"flatcensus resume {_shown(run)}", todo)
+        console.next_step(f"flatcensus resume {shown(run)}", todo)
     else:
-        console.next_step(f"flatcensus report {_shown(run)}", "all done")
+        console.next_step(f"flatcensus report {shown(run)}", "all done")
     return EXIT_FAILED_UNITS if current.num_failed else EXIT_OK
 
 
 @app.command()
-@_reported
+@reported
 def verify(run: RunArg, as_json: JsonOption = False) -> int:
     """Check every byte of every shard; set damaged ones aside so that they are done again."""
     from pipeline.console import table_of
@@ -253,14 +217,14 @@ def verify(run: RunArg, as_json: JsonOption = False) -> int:
         console.table(table_of(records, ["key", "moved_to", "reason"]))
     console.say(f"{counted(sound, 'sound shard')}, {len(quarantined)} damaged and set aside")
     if quarantined:
-        console.next_step(f"flatcensus resume {_shown(run)}", "do the lost units again")
+        console.next_step(f"flatcensus resume {shown(run)}", "do the lost units again")
     else:
-        console.next_step(f"flatcensus status {_shown(run)}", "what is done and what is not")
+        console.next_step(f"flatcensus status {shown(run)}", "what is done and what is not")
     return EXIT_FAILED_UNITS if quarantined else EXIT_OK
 
 
 @app.command()
-@_reported
+@reported
 def query(
     run: RunArg,
     what: Annotated[
@@ -289,8 +253,8 @@ def query(
     _, tables = open_run(run).reduce(publish=False)
     connection, view = connect(tables.arrow()), what.strip()
     if view.isidentifier():
-        shown = None if as_json else MAIN_COLUMNS.get(view)
-        names = [c.strip() for c in columns.split(",")] if columns else shown
+        usual = None if as_json else MAIN_COLUMNS.get(view)
+        names = [c.strip() for c in columns.split(",")] if columns else usual
         result = run_filters(
             connection, view, filters=filters or (), columns=names, sort=sort, limit=limit
         )
@@ -305,16 +269,16 @@ def query(
     if is_truncated(result):
         console.warn(f"there are more than {limit} rows; raise --limit to see them")
     if view == "failures" and result.num_rows:
-        console.next_step(f"flatcensus resume {_shown(run)}", "when their causes are mended")
+        console.next_step(f"flatcensus resume {shown(run)}", "when their causes are mended")
     elif view in MAIN_COLUMNS:
-        console.next_step(f'flatcensus query {_shown(run)} "select * from {view}"', "all columns")
+        console.next_step(f'flatcensus query {shown(run)} "select * from {view}"', "all columns")
     else:
-        console.next_step(f"flatcensus report {_shown(run)}", "tables and figures on one page")
+        console.next_step(f"flatcensus report {shown(run)}", "tables and figures on one page")
     return EXIT_OK
 
 
 @app.command()
-@_reported
+@reported
 def correlate(run: RunArg, as_json: JsonOption = False) -> int:
     """Print the correlations of the manifest with their confidence intervals."""
     from pipeline.run import open_run
@@ -324,12 +288,12 @@ def correlate(run: RunArg, as_json: JsonOption = False) -> int:
     if not len(tables.correlations):
         console.warn("the manifest names no pairs: add a [[correlations]] table with x and y")
     console.table(tables.correlations)
-    console.next_step(f"flatcensus report {_shown(run)}", "the same with figures")
+    console.next_step(f"flatcensus report {shown(run)}", "the same with figures")
     return EXIT_OK
 
 
 @app.command()
-@_reported
+@reported
 def report(run: RunArg, as_json: JsonOption = False) -> int:
     """Write tables, figures and one self-contained report.html into the run folder."""
     from pipeline.outputs import write_outputs
@@ -342,17 +306,17 @@ def report(run: RunArg, as_json: JsonOption = False) -> int:
     console.data({"report": str(written[0]), "files": [str(path) for path in written]})
     if not as_json:
         for path in written:
-            console.out.print(escape(_relative(str(path))))
+            console.out.print(escape(relative(str(path))))
     _show_bounds(console, run, tables.bounds)
     if current.num_failed:
-        console.next_step(f"flatcensus query {_shown(run)} failures", "why some failed")
+        console.next_step(f"flatcensus query {shown(run)} failures", "why some failed")
     else:
-        console.next_step(f"flatcensus query {_shown(run)}", "the numbers behind it")
+        console.next_step(f"flatcensus query {shown(run)}", "the numbers behind it")
     return EXIT_OK
 
 
 @app.command()
-@_reported
+@reported
 def doctor(on: OnOption = "local", as_json: JsonOption = False) -> int:
     """Check this machine: versions, CPUs, GPUs, Ray, data sets, hub access settings."""
     from pipeline.doctor import examine
@@ -362,7 +326,7 @@ def doctor(on: OnOption = "local", as_json: JsonOption = False) -> int:
     console.table(findings)
     bad = findings[findings["state"] == "fail"]
     if bad.empty:
-        place = "" if on == "local" else f" --on {_shown(on)}"
+        place = "" if on == "local" else f" --on {shown(on)}"
         console.next_step(f"flatcensus demo{place}", "a first run, from training to report")
         return EXIT_OK
     if on != "inline":
@@ -388,10 +352,8 @@ def _launch(
         console.warn(f"{item.key} was damaged ({item.reason}); moved to {item.moved_to}")
     for line in result.nondeterminism:
         console.warn(f"nondeterminism: {line}")
-    folder = _relative(run.store.uri)
-    resume = f"flatcensus resume {_shown(folder)}" + (
-        "" if on == "local" else f" --on {_shown(on)}"
-    )
+    folder = relative(run.store.uri)
+    resume = f"flatcensus resume {shown(folder)}" + ("" if on == "local" else f" --on {shown(on)}")
     if result.interrupted:
         console.warn(f"interrupted after {result.committed} units; nothing is lost")
         console.next_step(resume, "continue")
@@ -409,13 +371,13 @@ def _launch(
         _show_results(console, tables, headline(tables), files)
         _show_bounds(console, folder, tables.bounds)
     if current.num_failed:
-        console.warn(f"{current.num_failed} failed: flatcensus query {_shown(folder)} failures")
+        console.warn(f"{current.num_failed} failed: flatcensus query {shown(folder)} failures")
         console.next_step(resume, "try the failed ones again")
         return EXIT_FAILED_UNITS
     if train_only:
         console.next_step(resume, "measure the trained checkpoints")
     else:
-        console.next_step(f"flatcensus query {_shown(folder)}", "or open the report above")
+        console.next_step(f"flatcensus query {shown(folder)}", "or open the report above")
     return EXIT_OK
 
 
@@ -428,7 +390,7 @@ def _show_results(console: Console, tables: Any, lines: list[str], files: list[P
         console.table(tables.summary)
     for line in lines:
         console.say(line)
-    console.say(f"report: {_relative(str(files[0]))}")
+    console.say(f"report: {relative(str(files[0]))}")
 
 
 def _show_bounds(console: Console, run: str, bounds: Any, *, when: str = "") -> None:
@@ -441,19 +403,6 @@ def _show_bounds(console: Console, run: str, bounds: Any, *, when: str = "") -> 
     if number := num_violated(bounds):
         console.warn(
             f"{counted(number, 'check')} of theorems failed although the conditions are met: a bug "
-            f"or a numerical problem. See: flatcensus query {_shown(run)} bounds holds=no "
+            f"or a numerical problem. See: flatcensus query {shown(run)} bounds holds=no "
             "is_theorem=true conditions_met=true"
         )
-
-
-def _shown(argument: Path | str) -> str:
-    """An argument as a shell takes it."""
-    return shlex.quote(str(argument))
-
-
-def _relative(path: str) -> str:
-    """A path as the user would type it from here."""
-    try:
-        return str(Path(path).relative_to(Path.cwd()))
-    except ValueError:
-        return path
