@@ -1,0 +1,87 @@
+"""``models`` of a manifest: names with what is known of them, which timm must agree with."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import ManifestError
+from pipeline.hub_file import HubFile
+from pipeline.lock import Lock, lock_path, timm_key, write_lock
+from pipeline.manifest import load_manifest
+from pipeline.resolve import resolve
+from pipeline.store import open_store
+
+NAME = "test_vit.r160_in1k"
+KNOWN = f'name = "{NAME}", tag = "r160_in1k", input_size = 160'
+HEAD = """name = "m"
+[data]
+name = "digits"
+labels = "ignore"
+samples = 4
+[[measurements]]
+metric = "normalized_mls"
+[[checkpoints]]
+source = "timm"
+"""
+
+
+def write(folder: Path, models: str) -> Path:
+    """A manifest whose only weights are locked, so that nobody is asked for them."""
+    path = folder / "m.toml"
+    path.write_text(f"{HEAD}models = [{models}]\n")
+    file = HubFile(f"timm/{NAME}", "a" * 40, "model.safetensors", 1, "b" * 64)
+    write_lock(lock_path(path), Lock({timm_key(NAME, None): (file,)}))
+    return path
+
+
+def test_models_are_names_with_a_family_of_their_own(tmp_path: Path) -> None:
+    path = write(tmp_path, f'{{ {KNOWN}, family = "mine" }}')
+    (entry,) = load_manifest(path).timm
+    assert entry.names == [NAME]
+    resolved = resolve(load_manifest(path), open_store(str(tmp_path / "run")))
+    assert not resolved.unresolved
+    assert [spec.family for spec in resolved.specs] == ["mine"]
+    path = write(tmp_path, f"{{ {KNOWN} }}")
+    resolved = resolve(load_manifest(path), open_store(str(tmp_path / "run")))
+    assert [spec.family for spec in resolved.specs] == ["vision_transformer"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "found"),
+    [
+        (f'name = "{NAME}", parameters = 5', "parameters [0-9]+ instead of 5"),
+        (f'name = "{NAME}", input_size = 224', "input_size 160 instead of 224"),
+    ],
+)
+def test_a_network_that_timm_builds_otherwise_is_a_failure_by_name(
+    wrong: str, found: str, tmp_path: Path
+) -> None:
+    manifest = load_manifest(write(tmp_path, f"{{ {wrong} }}"))
+    resolved = resolve(manifest, open_store(str(tmp_path / "run")))
+    assert not resolved.specs
+    (missing,) = resolved.unresolved
+    assert missing.checkpoint == NAME
+    assert re.search(found, missing.reason)
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        (f'{{ name = "{NAME}", tag = "in1k" }}', r"tag 'in1k' is not the tag of"),
+        ('{ name = "test_vit" }', "full name with its tag, found 'test_vit'"),
+        (f'{{ name = "{NAME}", paramters = 5 }}', "unknown key 'paramters'"),
+        ('{ tag = "r160_in1k" }', "'models.0.name' is required"),
+        ("3", "models"),
+        ('{ name = "test_vti.r160_in1k" }', "no pretrained model 'test_vti.r160_in1k'. Did you"),
+        ("", "names"),
+    ],
+)
+def test_models_that_make_no_sense_are_refused_with_their_line(
+    models: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ManifestError, match=message) as error:
+        load_manifest(write(tmp_path, models))
+    assert "m.toml:" in str(error.value)
