@@ -15,7 +15,7 @@ from typing import Literal
 from huggingface_hub import constants
 
 from pipeline import hub
-from pipeline.entries import Manifest, TimmEntry
+from pipeline.entries import Manifest
 from pipeline.errors import FlatcensusError, StoreError
 from pipeline.hub_cache import cached
 from pipeline.hub_file import HubFile
@@ -64,7 +64,7 @@ def survey(manifest: Manifest, lock: Lock) -> list[Wanted]:
         if isinstance(weights.file, HubFile):
             wanted.append(_known(weights.name, (weights.file,)))
         else:
-            size = _estimate(weights.name, weights.entry)
+            size = _estimate(weights.name)
             reason = str(weights.file)
             wanted.append(Wanted(weights.name, (), size, size is not None, "failed", reason))
     for images in find_images(manifest, lock):
@@ -156,12 +156,9 @@ def _known(name: str, files: tuple[HubFile, ...]) -> Wanted:
     return Wanted(name, files, total, False, state, reason)
 
 
-def _estimate(name: str, entry: TimmEntry) -> int | None:
-    known = {model.name: model.parameters for model in entry.models}
-    parameters = known.get(name)
-    if parameters is None:
-        try:
-            parameters = outline(describe_timm(name, identity="")).num_parameters
-        except CheckpointError:
-            return None
-    return BYTES_PER_PARAMETER * parameters
+def _estimate(name: str) -> int | None:
+    try:
+        network = outline(describe_timm(name, identity=""))
+    except CheckpointError:
+        return None
+    return BYTES_PER_PARAMETER * network.num_parameters
