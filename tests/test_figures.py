@@ -111,9 +111,9 @@ def test_many_families_fold_into_other_and_say_how_many(tmp_path, shown):
     assert any(t.startswith(f"other: {folded} families (") for t in shown)
 
 
-def test_sixteen_families_all_look_different():
-    styles = family_styles([f"f{i}" for i in range(16)])
-    assert len({(s.color, s.marker) for s in styles.values()}) == 16
+def test_families_that_the_legend_names_all_look_different():
+    styles = family_styles([f"f{i}" for i in range(MAX_LEGEND)])
+    assert len({(s.color, s.marker) for s in styles.values()}) == MAX_LEGEND
 
 
 @pytest.mark.parametrize("transform", ["sqrt", "log"])
