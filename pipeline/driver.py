@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -19,11 +19,13 @@ from pipeline.executor import Executor, Finished
 from pipeline.frozen import freeze
 from pipeline.outcome import HINTS, FailureClass, Outcome
 from pipeline.plan import Decisions, Plan, make_plan
+from pipeline.prefetch import Ahead
 from pipeline.progress import write_specs
 from pipeline.resolve import resolve
 from pipeline.schema import Failure
 from pipeline.specs import Resolved, Task
 from pipeline.store import Store
+from pipeline.unit_queue import UnitQueue
 from pipeline.worker import write_failure
 from tasks.block import Block
 
@@ -104,13 +106,25 @@ def launch(
                     executor = open_executor()
                     interrupts.listen()  # Ray has put its own handler of SIGTERM in place
                 observer.planned(plan, executor.num_slots)
-                _Round(manifest, store, executor, observer, result, interrupts).run(units)
+                ahead = _ahead(resolved, manifest)
+                _Round(manifest, store, executor, observer, result, interrupts, ahead).run(units)
         finally:
             if executor is not None:
                 executor.close(now=bool(interrupts))
     result.interrupted = bool(interrupts)
     result.seconds = time.monotonic() - started
     return result
+
+
+def _ahead(resolved: Resolved, manifest: Manifest) -> Ahead:
+    """What may be fetched ahead: the weights of checkpoints from the hub."""
+    known = {file.identity: file for files in resolved.files.values() for file in files}
+    files = {
+        spec.subject: known[spec.ref.identity]
+        for spec in resolved.specs
+        if spec.ref is not None and spec.ref.identity in known
+    }
+    return Ahead(files, per_slot=manifest.resources.prefetch)
 
 
 class _Round:
@@ -124,11 +138,12 @@ class _Round:
         observer: Observer,
         result: Launch,
         interrupts: list[int],
+        ahead: Ahead,
     ) -> None:
         self.max_attempts = manifest.resources.max_attempts
         self.store, self.executor, self.observer = store, executor, observer
-        self.result, self.interrupts = result, interrupts
-        self.queue = _Queue()
+        self.result, self.interrupts, self.ahead = result, interrupts, ahead
+        self.queue = UnitQueue()
         self.delayed: list[tuple[float, Task]] = []
         self.subjects = [""] * executor.num_slots
         self.idle = set(range(executor.num_slots))
@@ -154,11 +169,13 @@ class _Round:
     def _start_units(self) -> None:
         now = time.monotonic()
         for slot in sorted(s for s in self.idle if self.rests_until.get(s, 0.0) <= now):
-            task = self.queue.take(self.subjects[slot])
+            here = self.ahead.on(self.executor.nodes[slot])
+            task = self.queue.take(self.subjects[slot], here)
             if task is None:
                 return
             self.idle.remove(slot)
             self.subjects[slot] = task.spec.subject
+            self.ahead.update(self.queue.upcoming(), self.subjects, self.executor)
             self.executor.start(slot, task)
 
     def _release_delayed(self) -> None:
@@ -237,33 +254,6 @@ class _Round:
         self.result.failed += 1
         write_failure(self.store, task, failure)
         return f"failed: {failure.message}"
-
-
-class _Queue:
-    """Units by subject. A slot keeps its subject; otherwise the one with most work left wins."""
-
-    def __init__(self) -> None:
-        self.by_subject: dict[str, list[Task]] = defaultdict(list)
-        self.seconds: Counter[str] = Counter()
-
-    def __bool__(self) -> bool:
-        return bool(self.by_subject)
-
-    def add(self, task: Task) -> None:
-        self.by_subject[task.spec.subject].append(task)
-        self.seconds[task.spec.subject] += task.predicted_seconds  # type: ignore[assignment]
-
-    def take(self, subject: str) -> Task | None:
-        if not self.by_subject:
-            return None
-        if subject not in self.by_subject:
-            subject = max(self.by_subject, key=lambda s: self.seconds[s])
-        tasks = self.by_subject[subject]
-        task = tasks.pop(0)
-        self.seconds[subject] -= task.predicted_seconds  # type: ignore[assignment]
-        if not tasks:
-            del self.by_subject[subject], self.seconds[subject]
-        return task
 
 
 class _Interrupts(list[int]):

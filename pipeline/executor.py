@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.entries import ResourceSpec
 from pipeline.errors import ResourceError
+from pipeline.hub_file import HubFile
+from pipeline.prefetch import Fetcher
 
 if TYPE_CHECKING:
     from pipeline.outcome import Outcome
@@ -40,6 +42,15 @@ class Executor(Protocol):
     @property
     def num_slots(self) -> int:
         """How many units run at once."""
+        ...
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """The machine of every slot."""
+        ...
+
+    def prefetch(self, node: str, file: HubFile) -> None:
+        """Begin to fetch a file on a machine; returns at once."""
         ...
 
     def start(self, slot: int, task: Task) -> None:
@@ -68,11 +79,22 @@ class InlineExecutor:
                 raise ResourceError(_no_gpu(resources, "torch sees no CUDA device on this machine"))
         self.bench = Workbench()
         self.finished: list[Finished] = []
+        self.fetcher: Fetcher | None = None
 
     @property
     def num_slots(self) -> int:
         """One."""
         return 1
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """This machine."""
+        return ("here",)
+
+    def prefetch(self, node: str, file: HubFile) -> None:
+        """Fetch a file in a thread beside the units."""
+        self.fetcher = self.fetcher or Fetcher()
+        self.fetcher.fetch(file)
 
     def start(self, slot: int, task: Task) -> None:
         """Do the unit now."""
@@ -103,6 +125,8 @@ class RayExecutor:
         if self.owns_cluster:
             _connect(address)
         self.actors: list[Any] = []
+        self.slot_nodes: tuple[str, ...] = ()
+        self.fetchers: dict[str, Any] = {}
         self.running: dict[Any, tuple[int, Task]] = {}
         options: dict[str, Any] = {
             "num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus,
@@ -123,6 +147,27 @@ class RayExecutor:
     def num_slots(self) -> int:
         """Actors that fit the cluster, at most ``max_slots``."""
         return len(self.actors)
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Ray's node of every slot, as it was when the slots came up."""
+        return self.slot_nodes
+
+    def prefetch(self, node: str, file: HubFile) -> None:
+        """Fetch a file on a node, by an actor that every node has one of."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        if node not in self.fetchers:
+            self.fetchers[node] = (
+                self.ray.remote(Fetcher)
+                .options(
+                    num_cpus=0, num_gpus=0, max_restarts=0,
+                    scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+                    runtime_env={"env_vars": {"CUDA_VISIBLE_DEVICES": ""}},
+                )
+                .remote()
+            )  # fmt: skip
+        self.fetchers[node].fetch.remote(file)  # nobody waits: the unit sees whether it worked
 
     def start(self, slot: int, task: Task) -> None:
         """Send a unit to a slot's actor."""
@@ -150,7 +195,7 @@ class RayExecutor:
 
     def close(self, *, now: bool = False) -> None:
         """Kill the actors, and the cluster if this executor started it."""
-        for actor in self.actors:
+        for actor in (*self.actors, *self.fetchers.values()):
             self.ray.kill(actor, no_restart=True)
         if self.owns_cluster:
             self.ray.shutdown()
@@ -174,6 +219,7 @@ class RayExecutor:
                     f"a node runs other versions than this command: {differing} (node, here). "
                     "Install the same flatcensus, torch and timm on all nodes"
                 )
+        self.slot_nodes = tuple(self.ray.get([actor.node.remote() for actor in self.actors]))
 
 
 def slots_that_fit(cluster: Mapping[str, float], resources: ResourceSpec, *, where: str) -> int:

@@ -14,7 +14,7 @@ from typing import Literal
 
 from huggingface_hub import constants
 
-from pipeline import hub
+from pipeline.download import download
 from pipeline.entries import Manifest
 from pipeline.errors import FlatcensusError, StoreError
 from pipeline.hub_cache import cached
@@ -133,7 +133,7 @@ def _in_threads(
 
 def _fetched(item: Wanted, circuit: Circuit) -> Wanted:
     try:
-        paths = [circuit.call(lambda f=f: hub.download(f), what=f.what) for f in item.files]
+        paths = [circuit.call(lambda f=f: download(f), what=f.what) for f in item.files]
     except StoreError:
         raise
     except FlatcensusError as error:

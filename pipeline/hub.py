@@ -1,4 +1,4 @@
-"""Weights and data from the Hugging Face hub: pinned, cached, verified.
+"""Weights and data on the Hugging Face hub: found, and pinned to what they are now.
 
 A timm name is resolved once to a commit, a file and its SHA-256; after that everything works with
 the commit, so a cached file costs no request. Only safetensors files are taken. With
@@ -7,7 +7,6 @@ HF_HUB_OFFLINE=1 names are resolved from the cache.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 from collections.abc import Sequence
@@ -17,16 +16,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import timm
-from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub import HfApi, constants
 from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import disable_progress_bars, logging
 from PIL import Image
 
-from pipeline import hub_cache
+from pipeline.download import download
 from pipeline.errors import HubError
 from pipeline.hub_file import COMMIT, SHA256, HubFile, RepoType, url_file
 from pipeline.patience import Circuit, patiently
-from pipeline.web import download_url, is_safe
+from pipeline.web import is_safe
 from tasks.checkpoints import CheckpointError, CheckpointRef, describe_timm
 from tasks.idx import write_idx
 from tasks.images import FETCHED_FASHION_MNIST
@@ -38,18 +36,7 @@ FASHION_MNIST_FILES = {
     "train": "fashion_mnist/train-00000-of-00001.parquet",
     "t10k": "fashion_mnist/test-00000-of-00001.parquet",
 }
-CORRUPT_TRIES = 3
 NUM_THREADS = 8  # names asked for at once: chosen
-
-# What is shown while files arrive, and what is said of requests, is ours: theirs names signed
-# addresses, and bars of several downloads overwrite each other.
-logging.set_verbosity_error()
-if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
-    disable_progress_bars()
-# The Xet client waits without limit for a connection that stalls; plain requests give up after
-# HF_HUB_DOWNLOAD_TIMEOUT and are resumed. HF_HUB_DISABLE_XET=0 asks for it all the same.
-if "HF_HUB_DISABLE_XET" not in os.environ:
-    constants.HF_HUB_DISABLE_XET = True
 
 
 def resolve(name: str, *, revision: str | None = None) -> HubFile:
@@ -100,43 +87,6 @@ def resolve_all(names: Sequence[tuple[str, str | None]]) -> list[HubFile | HubEr
 
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         return list(pool.map(one, names))
-
-
-def download(file: HubFile) -> Path:
-    """Fetch a file into the cache of this machine, or find it there.
-
-    Processes that want one file wait for the first: huggingface_hub locks each.
-
-    Returns:
-        Path in the cache, with the right SHA-256 if that is known.
-
-    Raises:
-        HubError: If the file cannot be had, or keeps arriving with wrong bytes.
-        StoreError: If it does not fit on the disk of the cache.
-    """
-    if hub_cache.cached(file) is None:
-        hub_cache.require_space(file)
-        hub_cache.remove_leftovers(file)
-    if file.repo_type == "url":
-        return download_url(file)
-    for _ in range(CORRUPT_TRIES):
-        path = Path(
-            patiently(
-                lambda: hf_hub_download(
-                    file.repo_id, file.filename, revision=file.commit, repo_type=file.repo_type
-                ),
-                what=file.what,
-            )
-        )
-        found = _sha256(path) if file.sha256 else None
-        if found == file.sha256:
-            return path
-        path.resolve().unlink(missing_ok=True)  # the blob: a repeated download would reuse it
-        path.unlink(missing_ok=True)
-    raise HubError(
-        f"{file.what}: expected sha256 {file.sha256}, received other bytes {CORRUPT_TRIES} times. "
-        f"Something between here and {constants.ENDPOINT} changes the file; check proxies."
-    )
 
 
 def checkpoint_ref(name: str, file: HubFile) -> CheckpointRef:
@@ -242,8 +192,3 @@ def _read_parquet(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if shapes != {((28, 28), "uint8")}:
         raise HubError(f"{path}: expected grey images of 28×28, found {shapes}")
     return np.stack(images), table.column("label").to_numpy().astype(np.uint8)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

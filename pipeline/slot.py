@@ -120,6 +120,12 @@ class SlotActor:
         """What this slot would compute with."""
         return versions()
 
+    def node(self) -> str:
+        """Ray's name of the machine that it is on."""
+        import ray
+
+        return ray.get_runtime_context().get_node_id()
+
     def run(self, subject: str, task: bytes) -> bytes:
         """Do one unit; see ``Slot.run``."""
         return self.slot.run(subject, task)

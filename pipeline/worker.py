@@ -231,9 +231,9 @@ def _with_weights(task: Task) -> CheckpointRef:
     assert ref is not None
     if ref.source != "timm":
         return ref
-    from pipeline import hub
+    from pipeline.download import download
 
-    return ref.model_copy(update={"path": str(hub.download(identified(ref.identity)))})
+    return ref.model_copy(update={"path": str(download(identified(ref.identity)))})
 
 
 def _record(

@@ -12,8 +12,10 @@ from populations import Quiet, save_mlp, write_manifest
 from pipeline.driver import MAX_LOST_SLOTS, Launch, _Round, launch
 from pipeline.errors import StoreError
 from pipeline.executor import Finished
+from pipeline.hub_file import HubFile
 from pipeline.outcome import HINTS, Outcome
 from pipeline.plan import make_plan
+from pipeline.prefetch import Ahead
 from pipeline.run import Run, start_run
 from pipeline.schema import Failure
 from pipeline.shards import read_shards
@@ -42,6 +44,13 @@ class Scripted:
     @property
     def num_slots(self) -> int:
         return self.slots
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        return ("here",) * self.slots
+
+    def prefetch(self, node: str, file: HubFile) -> None:
+        raise AssertionError("nothing here is on the hub")
 
     def start(self, slot: int, task: Task) -> None:
         assert slot not in [s for s, _ in self.pending], "a busy slot got a second unit"
@@ -239,7 +248,8 @@ def test_unknown_errors_get_a_second_attempt_on_gpus_only(run: Run):
     units = make_plan(manifest, run.store, retry_failed=True).units
     assert {unit.device for unit in units} == {"cuda"}
     executor, result = Scripted(script), Launch()
-    _Round(manifest, run.store, executor, Quiet(), result, []).run(list(units))
+    ahead = Ahead({}, per_slot=0)
+    _Round(manifest, run.store, executor, Quiet(), result, [], ahead).run(list(units))
     assert (result.committed, result.retried, result.failed) == (len(units), len(units), 0)
 
 
