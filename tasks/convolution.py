@@ -14,6 +14,8 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.padding import get_same_padding
 from torch import nn
 from torch.nn import functional as F
 
@@ -194,7 +196,7 @@ def convolution(
         )
     axes = []
     for k, size in enumerate(input_size):
-        before, after = _padding(layer, k)
+        before, after = zero_padding(layer, k, size)
         axis = Axis(
             size=size,
             kernel=layer.kernel_size[k],
@@ -214,8 +216,18 @@ def convolution(
     return Convolution(kernel, *axes)
 
 
-def _padding(layer: nn.Conv2d, axis: int) -> tuple[int, int]:
-    """Zeros in front of and behind one axis; "same" puts the odd one behind, as torch does."""
+def zero_padding(layer: nn.Conv2d, axis: int, size: int) -> tuple[int, int]:
+    """Zeros in front of and behind one axis; "same" puts the odd one behind, as torch does.
+
+    Args:
+        layer: timm's ``Conv2dSame``, which pads as much as the input needs, or an ordinary one.
+        axis: 0 or 1.
+        size: Length of the input along it.
+    """
+    if isinstance(layer, Conv2dSame):
+        kernel, stride, dilation = layer.kernel_size, layer.stride, layer.dilation
+        total = int(get_same_padding(size, kernel[axis], stride[axis], dilation[axis]))
+        return total // 2, total - total // 2
     if isinstance(layer.padding, str):
         total = (
             layer.dilation[axis] * (layer.kernel_size[axis] - 1) if layer.padding == "same" else 0

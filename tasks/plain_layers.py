@@ -1,6 +1,6 @@
 """Which modules apply their weight the way torch's linear and convolutional layers do.
 
-Subclasses may standardise the weight or pad the input themselves (several in timm do), and
+Subclasses may standardise the weight or pad the input in a way of their own, and
 parametrizations compute the weight from others. Formulas that read ``module.weight`` hold for the
 layers named here and must refuse the rest.
 """
@@ -10,19 +10,21 @@ from __future__ import annotations
 from typing import TypeGuard
 
 import torch
+from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.linear import Linear as TimmLinear
 from torch import nn
 from torch.nn.utils import parametrize
 
 from tasks.measurement import MeasurementError
 
-_OWN_FORWARDS = (nn.Linear.forward, nn.Conv2d.forward, TimmLinear.forward)
+# Conv2dSame pads with zeros, by the size of its input: see tasks.convolution.
+_OWN_FORWARDS = (nn.Linear.forward, nn.Conv2d.forward, TimmLinear.forward, Conv2dSame.forward)
 
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d]:
     """Whether a module applies ``module.weight``, an ordinary parameter, as torch's layers do.
 
-    False for weight-standardised or self-padding subclasses, for forwards replaced on the instance,
+    False for weight-standardised or other subclasses, for forwards replaced on the instance,
     for weights that a parametrization or hook computes and for padding with anything but zeros.
     """
     return (

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tasks.convolution import zero_padding
 from tasks.layers import Layer
 
 
@@ -30,7 +31,9 @@ def input_positions(layer: Layer, inputs: torch.Tensor) -> torch.Tensor:
     module = layer.module
     if isinstance(module, nn.Linear):
         return inputs.reshape(len(inputs), 1, -1, inputs.shape[-1])
-    padded = F.pad(inputs.flatten(0, 1), module._reversed_padding_repeated_twice)
+    images = inputs.flatten(0, 1)
+    rows, columns = (zero_padding(module, axis, images.shape[2 + axis]) for axis in (0, 1))
+    padded = F.pad(images, (*columns, *rows))
     patches = F.unfold(padded, module.kernel_size, module.dilation, 0, module.stride)
     windows, groups = layer.input_shape[0], module.groups
     split = patches.reshape(len(inputs), windows, groups, -1, patches.shape[-1])

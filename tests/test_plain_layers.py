@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.linear import Linear as TimmLinear
 from timm.layers.std_conv import ScaledStdConv2d, StdConv2d
 from torch import nn
@@ -33,7 +32,6 @@ def replaced_forward() -> nn.Module:
     [
         StdConv2d(4, 4, 3),
         ScaledStdConv2d(4, 4, 3),
-        Conv2dSame(4, 4, 3),
         OtherConvForward(4, 4, 3),
         replaced_forward(),
         nn.ConvTranspose2d(4, 4, 3),
