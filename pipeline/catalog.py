@@ -19,6 +19,7 @@ def catalog(what: str, pattern: str = "*") -> pd.DataFrame:
                 "metric": name,
                 "version": cls.version,
                 "quantities": ", ".join(cls.quantities),
+                "labels": "needed" if cls.needs_labels else "not needed",
                 "settings": ", ".join(
                     f"{key}={field.default!r}" for key, field in cls.model_fields.items()
                 ),
@@ -26,9 +27,10 @@ def catalog(what: str, pattern: str = "*") -> pd.DataFrame:
             for name, cls in sorted(METRICS.items())
         ]
     elif what == "datasets":
-        from tasks.datasets import DATASETS
+        from pipeline.entries import DataSpec
 
-        lines = [{"dataset": name} for name in DATASETS]
+        annotation = DataSpec.model_fields["name"].annotation
+        lines = [{"dataset": name} for name in getattr(annotation, "__args__", ())]
     elif what == "networks":
         from tasks.training import TrainSettings
 

@@ -128,10 +128,14 @@ class _Parser:
         )  # fmt: skip
 
     def rooted(self, data: DataSpec) -> DataSpec:
-        """The same images with their folder as an absolute path."""
-        if data.root is None:
-            return data
-        return data.model_copy(update={"root": str(self.root / Path(data.root).expanduser())})
+        """The same images with their paths absolute."""
+        paths = {"root": data.root, "csv": data.csv}
+        absolute = {
+            key: str(self.root / Path(path).expanduser())
+            for key, path in paths.items()
+            if path is not None
+        }
+        return data.model_copy(update=absolute)
 
     def problem(self, path: tuple[str | int, ...], message: str) -> None:
         self.problems.append((line_of(self.lines, path), message))
@@ -319,6 +323,11 @@ class _Parser:
             return (
                 f"{entry.metric} compares the training images with others, but [data] split = "
                 f"{TRAINING_SPLIT!r} is the training images. Choose another split"
+            )
+        if entry.measurement.needs_labels and head and head.data.labels == "ignore":
+            return (
+                f'{entry.metric} needs labels, but [data] labels = "ignore" leaves them unread. '
+                "Remove the measurement or that key; flatcensus list metrics says which need none"
             )
         return None
 

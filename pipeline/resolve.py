@@ -7,13 +7,20 @@ run first saw. A checkpoint that cannot be had is a row, never a gap.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.entries import DataSpec, Manifest, MeasurementEntry, TrainEntry
-from pipeline.errors import DataError, ManifestError
+from pipeline.entries import Manifest, MeasurementEntry, TrainEntry
+from pipeline.errors import ManifestError
 from pipeline.hub_file import UNLOCKED, HubFile
 from pipeline.lock import Lock, known_lock
+from pipeline.planned_images import (
+    PlannedImages,
+    map_identity,
+    outputs_of_classes,
+    reads_labels,
+)
 from pipeline.shards import shard_key
 from pipeline.specs import (
     KEY_VERSION,
@@ -27,15 +34,12 @@ from pipeline.specs import (
 )
 from pipeline.store import Store
 from tasks.checkpoints import CheckpointError, CheckpointRef, describe_local, describe_timm
-from tasks.datasets import (
-    TRAINING_SPLIT,
-    DatasetError,
-    ImageDataset,
-    load_dataset,
-    transform_identity,
-)
+from tasks.datasets import TRAINING_SPLIT, DatasetError, ImageDataset, transform_identity
 from tasks.outline import Outline, outline, outline_architecture
 from tasks.training import network_for
+
+if TYPE_CHECKING:
+    from pipeline.hub_images import HubImages
 
 
 def resolve(manifest: Manifest, store: Store, *, tentative: bool = False) -> Resolved:
@@ -52,12 +56,13 @@ def resolve(manifest: Manifest, store: Store, *, tentative: bool = False) -> Res
 
     Raises:
         DataError: The images cannot be had.
+        HubError: The hub does not tell of them.
         ManifestError: They are fewer than ``samples``, two checkpoints have one name, or a network
             to be trained does not fit them.
         StoreError: A lock is damaged.
     """
     lock = known_lock(manifest.lock_path, store)
-    datasets = _Datasets()
+    datasets = PlannedImages(lock)
     specs: list[Spec] = []
     refs: list[tuple[CheckpointRef, str]] = []
     images = datasets.get(manifest.data) if manifest.measurements else None
@@ -68,7 +73,7 @@ def resolve(manifest: Manifest, store: Store, *, tentative: bool = False) -> Res
         )
     training = None
     if images is not None:
-        training = _training_images(manifest, images, datasets)
+        training = datasets.training(manifest, images)
     unresolved: list[Unresolved] = []
     untrained: list[TrainedRef] = []
     for entry in manifest.train:
@@ -87,18 +92,26 @@ def resolve(manifest: Manifest, store: Store, *, tentative: bool = False) -> Res
     refs.extend((ref, ref.name) for ref in hub_refs)
     _check_names(manifest, hub_refs)
     if images is not None:
+        pinned = {
+            split: datasets.pinned(manifest.data, split)
+            for split in (manifest.data.split, TRAINING_SPLIT)
+        }
         for ref, name in refs:
             try:
                 network = outline(ref)
                 transform = transform_identity(network.data_config)
+                outputs = outputs_of_classes(manifest, images, ref, num_outputs=network.num_outputs)
             except (CheckpointError, DatasetError) as error:
                 unresolved.append(Unresolved(name, ref.family, ref.tag, str(error)))
                 continue
-            specs += [
-                _measure_spec(manifest, ref, name, entry, images, training, network, transform)
+            measured = [
+                _measure_spec(
+                    manifest, ref, name, entry, images, training, network, transform, outputs
+                )
                 for entry in manifest.measurements
             ]
-    return Resolved(tuple(specs), tuple(unresolved), tuple(untrained), files)
+            specs += [replace(spec, data_files=pinned) for spec in measured]
+    return Resolved(tuple(specs), tuple(unresolved), tuple(untrained), files | datasets.files)
 
 
 def _check_names(manifest: Manifest, hub_refs: Sequence[CheckpointRef]) -> None:
@@ -116,78 +129,18 @@ def _check_names(manifest: Manifest, hub_refs: Sequence[CheckpointRef]) -> None:
         seen[name] = place
 
 
-class _Datasets:
-    """Loads each split once per resolution."""
-
-    def __init__(self) -> None:
-        self.known: dict[tuple[str, str, str | None], ImageDataset] = {}
-
-    def get(self, data: DataSpec, split: str | None = None) -> ImageDataset:
-        key = (data.name, split or data.split, data.root)
-        if key not in self.known:
-            try:
-                self.known[key] = open_dataset(data, split=split)
-                self.known[key].identity()  # reads every byte: a file may be missing or locked
-            except (DatasetError, OSError) as error:
-                raise DataError(f"[data] name = {data.name!r}: {error}") from error
-        return self.known[key]
-
-
-def open_dataset(data: DataSpec, *, split: str | None = None) -> ImageDataset:
-    """The images of a data table, or of another split of them. Raises DatasetError."""
-    root = Path(data.root) if data.root is not None else None
-    return load_dataset(data.name, split=split or data.split, root=root)
-
-
-def _training_images(
-    manifest: Manifest, images: ImageDataset, datasets: _Datasets
-) -> ImageDataset | None:
-    """The training images beside those of the manifest, if one of its measurements takes them.
-
-    Raises:
-        DataError: There are none, or they have other classes.
-        ManifestError: They are fewer than ``samples``.
-    """
-    metrics = [e.metric for e in manifest.measurements if e.measurement.needs_training_images]
-    if not metrics:
-        return None
-    data = manifest.data
-    # Without folders of splits every split would be the same images.
-    if data.root is not None and data.name == "image-folder":
-        folder = Path(data.root) / TRAINING_SPLIT
-        if not folder.is_dir():
-            raise DataError(
-                f"{metrics[0]} needs images of the training split besides those that are measured, "
-                f"but there is no folder {folder}. Put them into {folder}/<class>/ and the others "
-                f"into {folder.parent / data.split}/<class>/, or remove the measurement"
-            )
-    training = datasets.get(data, TRAINING_SPLIT)
-    if training.class_names != images.class_names:
-        raise DataError(
-            f"{metrics[0]}: the training images of {data.name!r} have classes "
-            f"{training.class_names[:12]}, those of split {data.split!r} "
-            f"{images.class_names[:12]}. Labels are the places of the class folders in "
-            "alphabetical order, so both splits need the same ones"
-        )
-    if data.samples > len(training):
-        raise ManifestError(
-            f"[data] samples = {data.samples}, but {metrics[0]} needs as many training images and "
-            f"{data.name} {TRAINING_SPLIT} has {len(training)}. Lower samples or add images"
-        )
-    return training
-
-
-def _train_spec(entry: TrainEntry, datasets: _Datasets) -> Spec:
-    images = datasets.get(entry.data, TRAINING_SPLIT)
+def _train_spec(entry: TrainEntry, datasets: PlannedImages) -> Spec:
+    table = f"[[train]] {entry.name}"
+    images = datasets.whole(entry.data, TRAINING_SPLIT, table)
     try:
         network = outline_architecture(*network_for(entry.settings, images))
     except ValueError as error:
-        raise ManifestError(f"[[train]] {entry.name}: {error}") from error
+        raise ManifestError(f"{table}: {error}") from error
     fields = {
         "key_version": KEY_VERSION,
         "kind": "train",
         "train_data": images.identity(),
-        "test_data": datasets.get(entry.data, "test").identity(),
+        "test_data": datasets.whole(entry.data, "test", table).identity(),
         "training": entry.settings.key_fields(),
     }
     return Spec(
@@ -203,10 +156,11 @@ def _measure_spec(
     ref: CheckpointRef,
     name: str,
     entry: MeasurementEntry,
-    images: ImageDataset,
-    training: ImageDataset | None,
+    images: ImageDataset | HubImages,
+    training: ImageDataset | HubImages | None,
     network: Outline,
     transform: dict[str, Any],
+    outputs: tuple[int, ...] | None,
 ) -> Spec:
     fields = {
         "key_version": KEY_VERSION,
@@ -222,11 +176,14 @@ def _measure_spec(
     if entry.measurement.needs_training_images:
         assert training is not None
         fields["training_data"] = training.identity()
+    if entry.measurement.needs_labels and outputs is not None:
+        fields["label_map"] = map_identity(outputs)
     return Spec(
         key=spec_key(fields), kind="measure", checkpoint=name, family=ref.family, tag=ref.tag,
         metric=entry.metric, label=entry.label, fields=fields, ref=ref, entry=entry, train=None,
         data=manifest.data, data_identity=images.identity(), available=len(images),
-        num_samples=manifest.data.samples, network=network,
+        num_samples=manifest.data.samples, network=network, label_map=outputs,
+        with_labels=reads_labels(manifest),
     )  # fmt: skip
 
 

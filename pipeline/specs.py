@@ -35,7 +35,11 @@ class TrainedRef:
 
 @dataclass(frozen=True)
 class Spec:
-    """One row of the plan: a key, its fields, and how to measure."""
+    """One row of the plan: a key, its fields, and how to measure.
+
+    ``label_map`` holds the network's output for each class of the data, None where they are the
+    same; ``data_files`` are the hub's files of each split, for workers to open.
+    """
 
     key: str
     kind: Literal["train", "measure"]
@@ -53,6 +57,9 @@ class Spec:
     available: int
     num_samples: int
     network: Outline
+    label_map: tuple[int, ...] | None = None
+    with_labels: bool = True
+    data_files: Mapping[str, tuple[HubFile, ...]] = field(default_factory=dict)
 
     def stages(self) -> list[Block]:
         """Growing blocks of samples and draws; a training is one unit."""

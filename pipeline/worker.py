@@ -27,7 +27,7 @@ import torch
 from pipeline.errors import HubError, StoreError
 from pipeline.hub_file import identified
 from pipeline.outcome import HINTS, FailureClass, Outcome
-from pipeline.resolve import open_dataset
+from pipeline.planned_images import open_dataset
 from pipeline.schema import Constants, Failure, UnitRecord
 from pipeline.shards import decode_shard, encode_shard, shard_key
 from pipeline.specs import Task, checkpoint_folder
@@ -61,7 +61,7 @@ class Workbench:
 
     subject_key: str = ""
     subject: Subject | None = None
-    datasets: dict[tuple[str, str | None, str], ImageDataset] = field(default_factory=dict)
+    datasets: dict[tuple[str, str, str], ImageDataset] = field(default_factory=dict)
 
     def subject_of(self, task: Task) -> Subject:
         """The task's checkpoint, loaded unless it is on the bench already."""
@@ -97,9 +97,10 @@ class Workbench:
     def _dataset(self, task: Task, split: str) -> ImageDataset:
         """The images of one split, loaded once."""
         data = task.spec.data
-        key = (data.name, data.root, split)
+        key = (data.name, data.model_dump_json(exclude={"samples"}), split)
         if key not in self.datasets:
-            self.datasets[key] = open_dataset(data, split=split)
+            files = task.spec.data_files.get(split, ())
+            self.datasets[key] = open_dataset(data, split=split, files=files)
         return self.datasets[key]
 
 
@@ -192,6 +193,7 @@ def _loader(
         return load_batch(
             dataset, samples, order=order, transform=transform,
             num_outputs=loaded.num_outputs, dtype=dtype, device=task.device,
+            label_map=task.spec.label_map, with_labels=task.spec.with_labels,
         )  # fmt: skip
 
     return batch
@@ -204,9 +206,10 @@ def _train(task: Task, bench: Workbench, store: Store) -> tuple[list[Row], dict[
     """
     entry = task.spec.train
     assert entry is not None
+    images = bench.planned_dataset(task, TRAINING_SPLIT, task.spec.fields["train_data"])
     trained = train(
         entry.settings,
-        bench.planned_dataset(task, TRAINING_SPLIT, task.spec.fields["train_data"]),
+        images,
         bench.planned_dataset(task, "test", task.spec.fields["test_data"]),
         device=task.device,
     )
@@ -215,6 +218,7 @@ def _train(task: Task, bench: Workbench, store: Store) -> tuple[list[Row], dict[
         save_checkpoint(
             trained.model, Path(folder), architecture=trained.architecture,
             model_args=trained.model_args, data_config=trained.data_config, family=entry.family,
+            label_names=images.class_names,
         )  # fmt: skip
         committed = store.exists(shard_key(task.spec.key, task.block))
         for file in sorted(Path(folder).iterdir()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ def save_checkpoint(
     model_args: Mapping[str, Any],
     data_config: Mapping[str, Any],
     family: str,
+    label_names: Sequence[str] = (),
     extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint folder that ``describe_local`` reads, and timm's ``local-dir:`` too.
@@ -36,6 +37,7 @@ def save_checkpoint(
         model_args: Keyword arguments of the architecture, with ``num_classes``.
         data_config: See ``tasks.datasets.preprocessing``.
         family: What figures colour by.
+        label_names: What the outputs are, in order; empty if nobody knows.
         extra: JSON values to keep with the checkpoint, such as how it was trained.
     """
     directory = Path(directory)
@@ -51,6 +53,7 @@ def save_checkpoint(
             "num_classes": model_args["num_classes"],
             "fixed_input_size": True,
         },
+        **({"label_names": list(label_names)} if label_names else {}),
         **({"extra": dict(extra)} if extra else {}),
     }
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +19,10 @@ MLP_ARGS = {
 }  # fmt: skip
 
 
-def save_mlp(folder: Path, *, seed: int = 0, change=None) -> Path:
+FOLDER_CLASSES = tuple(f"class{i}" for i in range(10))
+
+
+def save_mlp(folder: Path, *, seed: int = 0, change=None, label_names: Sequence[str] = ()) -> Path:
     """An MLP for digits with random weights; ``change(model)`` may spoil it before it is saved."""
     torch.manual_seed(seed)
     model = build_network("flatcensus_mlp", MLP_ARGS)
@@ -27,7 +31,7 @@ def save_mlp(folder: Path, *, seed: int = 0, change=None) -> Path:
             change(model)
     save_checkpoint(
         model, folder, architecture="flatcensus_mlp", model_args=MLP_ARGS,
-        data_config=DATA_CONFIG, family="mlp",
+        data_config=DATA_CONFIG, family="mlp", label_names=label_names,
     )  # fmt: skip
     return folder
 

@@ -156,7 +156,7 @@ SPOILED = {
         lambda f: overwrite_weights(f, 20), "permanent", "weights of another architecture",
     ),
     "nan-weights": (set_nan, "permanent", "1 tensors hold NaN or infinity: 1.weight"),
-    "five-classes": (lambda f: save_other(f, num_classes=5), "permanent", "the network has 5"),
+    "five-classes": (lambda f: save_other(f, num_classes=5), "unresolved", "the network has 5"),
     "some-overflow": (overflow_for_some, "permanent", "34"),
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from populations import save_mlp
+from populations import FOLDER_CLASSES, save_mlp
 from safetensors.torch import load_file, save_file
 
 import pipeline.resolve
@@ -107,7 +107,7 @@ def original(tmp_path_factory) -> Path:
 
 
 def build(folder: Path) -> Path:
-    save_mlp(folder / "checkpoints/a")
+    save_mlp(folder / "checkpoints/a", label_names=FOLDER_CLASSES)
     rng = np.random.default_rng(0)
     for place in ("images/test", "images/val", "others/test"):
         for index in range(5):

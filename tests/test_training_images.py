@@ -12,7 +12,7 @@ import pytest
 import torch
 from commands import call, files
 from PIL import Image
-from populations import save_mlp, write_manifest
+from populations import FOLDER_CLASSES, save_mlp, write_manifest
 
 from pipeline.errors import DataError, ManifestError
 from pipeline.manifest import parse_manifest
@@ -41,7 +41,7 @@ def text(*metrics: str, split: str = "test", samples: int = 4, extra: str = "") 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A checkpoint and an image folder with three splits of two classes."""
-    save_mlp(tmp_path / "checkpoints/a")
+    save_mlp(tmp_path / "checkpoints/a", label_names=FOLDER_CLASSES)
     rng = np.random.default_rng(0)
     for split, count in (("test", 6), ("val", 6), ("train", 8)):
         for index in range(count):
@@ -112,7 +112,7 @@ def refusal(folder: Path, document: str, error: type[Exception]) -> str:
 
 
 def test_an_image_folder_without_splits_is_refused_in_the_plan_with_what_is_missing(tmp_path: Path):
-    save_mlp(tmp_path / "checkpoints/a")
+    save_mlp(tmp_path / "checkpoints/a", label_names=FOLDER_CLASSES)
     for label in range(2):
         (tmp_path / f"images/class{label}").mkdir(parents=True)
         for index in range(4):
