@@ -25,6 +25,7 @@ from tasks.preparation import prepare
 from tasks.weights import (
     FETCH_HINT,
     SAFE_SUFFIX,
+    WEIGHTS_ONLY_SUFFIXES,
     CheckpointError,
     check_finite,
     foreign_weights,
@@ -54,7 +55,8 @@ class CheckpointRef(Settings):
         source: ``"timm"`` for a name in timm's list of pretrained models, ``"local"`` for a folder.
         name: timm's full name with its tag, or the folder's name.
         identity: ``sha256:<config and weights>`` for a folder; for timm
-            ``hub:<repo>@<commit>/<file>``, with ``#<sha256 of the file>`` where the hub states it.
+            ``hub:<repo>@<commit>/<file>``, with ``#<sha256 of the file>`` where the hub states it,
+            or ``url:<address>`` of a file whose name ends in digits of its SHA-256.
         family: timm module that defines the architecture, or ``family`` in the folder's config.
         tag: timm's pretrained tag, "" where there is none.
         architecture: timm architecture, or a key of ``tasks.networks.NETWORKS``.
@@ -123,7 +125,7 @@ def describe_timm(name: str, *, identity: str, path: Path | None = None) -> Chec
         name: Architecture and pretrained tag, e.g. ``vit_base_patch16_224.augreg_in21k_ft_in1k``.
             Without a tag, timm's default tag is filled in.
         identity: ``hub:<repo>@<commit>/<file>``, with ``#<sha256>`` where the hub states it.
-        path: The downloaded safetensors file.
+        path: The downloaded weights file.
 
     Raises:
         CheckpointError: If timm does not know the name or has no weights under it.
@@ -195,14 +197,14 @@ def load_checkpoint(
 
 
 def _load_timm(ref: CheckpointRef, path: Path) -> nn.Module:
-    if path.suffix != SAFE_SUFFIX:
-        raise CheckpointError(f"{path}: expected a {SAFE_SUFFIX} file for timm's {ref.name}")
-    match = re.fullmatch(r"hub:[^#]+#([0-9a-f]{64})", ref.identity)
-    found = sha256(path)
-    if match and found != match[1]:
-        raise CheckpointError(
-            f"{path}: expected sha256 {match[1]} by the hub, found {found}. {FETCH_HINT}"
-        )
+    suffixes = WEIGHTS_ONLY_SUFFIXES if ref.identity.startswith("url:") else (SAFE_SUFFIX,)
+    if path.suffix not in suffixes:
+        expected = " or ".join(suffixes)
+        raise CheckpointError(f"{path}: expected a {expected} file for timm's {ref.name}")
+    match = re.fullmatch(r"hub:[^#]+#([0-9a-f]{64})|url:.+-([0-9a-f]{8,64})\.\w+", ref.identity)
+    digits, found = (match[1] or match[2]) if match else "", sha256(path)
+    if not found.startswith(digits):
+        raise CheckpointError(f"{path}: expected sha256 {digits}, found {found}. {FETCH_HINT}")
     return _timm_model(ref, path, {})
 
 
