@@ -70,7 +70,7 @@ def demo(run_folder: RunOption = None, on: OnOption = "local", as_json: JsonOpti
 @app.command("list")
 @reported
 def list_things(
-    what: Annotated[str, typer.Argument(help="metrics, datasets, networks or models")],
+    what: Annotated[str, typer.Argument(help="metrics, datasets, networks, families or models")],
     pattern: Annotated[str, typer.Argument(help="for models: a wildcard such as 'vit_*'")] = "*",
     as_json: JsonOption = False,
 ) -> int:
@@ -87,34 +87,13 @@ def list_things(
 @reported
 def plan(manifest: ManifestArg, run_folder: RunOption = None, as_json: JsonOption = False) -> int:
     """Show what would run, why, and what it would cost. Runs nothing, writes nothing."""
-    from pipeline.labels import counted
-    from pipeline.progress import numbered_notes, plan_table, stale_lines
+    from pipeline.plan_view import show_plan
     from pipeline.run import start_run
 
     console = Console(as_json=as_json)
     run = start_run(manifest, run_folder)
     current = run.plan()
-    table, notes = plan_table(current), list[str]()
-    if not as_json:
-        table, notes = numbered_notes(table)
-    console.table(table, title=f"plan of {run.manifest.name}")
-    for note in notes:
-        console.say(note)
-    if current.units:
-        low, middle, high = (current.predicted_seconds * f for f in current.calibration)
-        console.say(
-            f"{counted(len(current.units), 'unit')} to do, about {duration(middle)} of one slot "
-            f"({duration(low)} to {duration(high)})"
-        )
-    if current.waiting and run.manifest.measurements:
-        console.say(
-            f"{len(current.waiting)} checkpoints are to be trained first; "
-            "their measurements are planned when they exist"
-        )
-    for missing in current.unresolved:
-        console.warn(f"{missing.checkpoint}: {missing.reason}")
-    for line in stale_lines(current, run.store):
-        console.warn(line)
+    show_plan(console, run, current)
     folder = shown(relative(run.store.uri))
     if current.units:
         place = f" --run {shown(run_folder)}" if run_folder else ""

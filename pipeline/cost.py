@@ -1,32 +1,107 @@
-"""Predicted cost of units, from FLOPs counted on the meta device and one rate per device class.
+"""Predicted seconds of units: their work (``tasks.work``) by the rates of a device.
 
-Predictions choose unit sizes and weight the progress bar; they never change a number. What they
-are worth on the machines of a run is the subject of pipeline/calibration.py.
+Nominal rates are those of the manifest's device class, and they alone decide how units are cut: a
+cut must not move when a run learns how fast its machines are. What a plan says and what the
+progress bar shows rest on calibrated rates (pipeline/calibration.py).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from pipeline.device_classes import DeviceClass, device_class
+from pipeline.entries import ResourceSpec
 from pipeline.specs import Spec
-from tasks.outline import Outline
+from tasks.block import Block
+from tasks.work import Work, images_at_once, self_test_work, unit_work
 
-# Sustained float32 rates and the overhead of one image in a batched forward, order of magnitude:
-# measured on one core of a 2-core x86 server (2026-11, small ViTs); GPU value is an estimate.
-FLOPS_PER_SECOND = {"cpu": 2.5e10, "cuda": 1.0e13}
-SECONDS_PER_IMAGE = {"cpu": 2.0e-4, "cuda": 1.0e-4}
-BACKWARD_FORWARDS = 3.0  # a training step in forwards of its batch
+TRAINING_FORWARDS = 3.0  # a training step in forwards of its batch
+# An operator reads about two tensors of the size that it writes; chosen.
+TRAFFIC = 3.0
+SECONDS_PER_UNIT = 0.05  # rows, shard and record; measured with `make bench`
+SECONDS_PER_IMAGE = 5e-3  # decoding and resizing a photograph on a core; chosen
+LOAD_SECONDS, LOAD_RATE = 1.0, 2e8  # building a network; reading, checking and copying its weights
 
 
-def seconds_per_index(spec: Spec, device: str) -> float:
-    """Predicted seconds for one index of a measurement, or for a whole training."""
+@dataclass(frozen=True)
+class Rates:
+    """What work costs on one device: seconds per operation, byte written, operator and unit."""
+
+    flop: float
+    byte: float
+    operator: float
+    unit: float
+
+    def seconds(self, work: Work, *, num_images: int = 0, share: float = 1.0) -> float:
+        """Seconds of some work.
+
+        Args:
+            work: What is done.
+            num_images: Images that are read for it.
+            share: CPU cores of a slot, or its part of a GPU.
+        """
+        computing = self.flop * work.flops + self.byte * work.num_bytes
+        fixed = self.unit + num_images * SECONDS_PER_IMAGE
+        return computing / share + self.operator * work.operators + fixed
+
+
+def nominal_rates(device: DeviceClass, *, efficiency: float | None = None) -> Rates:
+    """Rates of a device class at its middle efficiency, or at another one."""
+    reached = device.efficiency[1] if efficiency is None else efficiency
+    return Rates(
+        flop=1 / (device.flops * reached),
+        byte=TRAFFIC / (device.bandwidth * reached),
+        operator=device.seconds_per_operator,
+        unit=SECONDS_PER_UNIT,
+    )
+
+
+def slot_device(resources: ResourceSpec) -> DeviceClass:
+    """The class that a manifest's slots are taken for."""
+    return device_class(resources.device, num_gpus=resources.num_gpus)
+
+
+def slot_share(resources: ResourceSpec) -> float:
+    """Cores of a slot, or its part of a GPU: a unit uses one GPU however many a slot has."""
+    return min(1.0, resources.num_gpus) if resources.num_gpus > 0 else float(resources.num_cpus)
+
+
+def block_work(spec: Spec, block: Block, batch_size: int) -> Work:
+    """Work of a unit, or of a whole training."""
     if spec.train is not None:
-        settings = spec.train.settings
-        forwards = settings.steps * settings.batch_size * BACKWARD_FORWARDS
-    else:
-        assert spec.entry is not None
-        forwards = spec.entry.measurement.forward_equivalents(spec.network)
-    return forwards * forward_seconds(spec.network, device)
+        settings, network = spec.train.settings, spec.network
+        images = settings.steps * settings.batch_size * TRAINING_FORWARDS
+        return Work(
+            flops=images * network.forward_flops,
+            num_bytes=images * network.operator_bytes,
+            operators=settings.steps * TRAINING_FORWARDS * network.num_operators,
+        )
+    assert spec.entry is not None
+    return unit_work(
+        spec.entry.measurement, spec.network, num_samples=len(block.samples),
+        num_draws=len(block.draws), batch_size=batch_size,
+    )  # fmt: skip
 
 
-def forward_seconds(network: Outline, device: str) -> float:
-    """Predicted seconds of one image's no-grad forward."""
-    return network.forward_flops / FLOPS_PER_SECOND[device] + SECONDS_PER_IMAGE[device]
+def set_up_work(spec: Spec) -> Work:
+    """Work of the self-test, which the first unit of a loaded network does."""
+    return Work() if spec.entry is None else self_test_work(spec.entry.measurement, spec.network)
+
+
+def load_seconds(spec: Spec) -> float:
+    """Seconds for building a network and reading its weights from a disk."""
+    return 0.0 if spec.ref is None else LOAD_SECONDS + spec.network.weight_bytes / LOAD_RATE
+
+
+def seconds_per_index(spec: Spec, resources: ResourceSpec) -> float:
+    """Nominal seconds of one image and draw, as part of a whole batch; or of a whole training.
+
+    A function of the manifest alone: it decides how units are cut.
+    """
+    rates, share = nominal_rates(slot_device(resources)), slot_share(resources)
+    if spec.entry is None:
+        return rates.seconds(block_work(spec, Block(range(1)), 1), share=share)
+    size = resources.batch_size
+    batch = images_at_once(spec.entry.measurement, batch_size=size, num_samples=size)
+    work = block_work(spec, Block(range(batch)), size)
+    return rates.seconds(work, num_images=batch, share=share) / batch

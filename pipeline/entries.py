@@ -12,6 +12,7 @@ from typing import Literal
 import pydantic
 
 from pipeline.correlate import CorrelationPair
+from pipeline.device_classes import DEVICE_CLASSES
 from pipeline.matrix import PairPlot
 from tasks.measurement import Measurement, Output, Settings
 from tasks.training_settings import TrainSettings
@@ -79,6 +80,18 @@ class ResourceSpec(Settings):
         if 0 < value < 1 and abs(1 / value - round(1 / value)) > 1e-9:
             raise ValueError("a fraction of a GPU must be 1/k: 0.5, 0.25, ...")
         return value
+
+    @pydantic.model_validator(mode="after")
+    def _device_fits(self) -> ResourceSpec:
+        if self.device is None:
+            return self
+        if self.device not in DEVICE_CLASSES:
+            known = ", ".join(DEVICE_CLASSES)
+            raise ValueError(f"device must be one of {known}, found {self.device!r}")
+        if DEVICE_CLASSES[self.device].is_gpu != (self.num_gpus > 0):
+            needed = "num_gpus = 1" if self.num_gpus == 0 else "num_gpus = 0"
+            raise ValueError(f"device = {self.device!r} needs {needed} or another device")
+        return self
 
 
 @dataclass(frozen=True)

@@ -61,8 +61,7 @@ def find_images(manifest: Manifest, lock: Lock) -> Iterator[Images]:
     for key, (data, split) in wanted.items():
         name = f"{data.repo} {split}"
         try:
-            locked = lock.files.get(key, ())
-            yield Images(name, key, files(data, split=split, locked=locked))
+            yield Images(name, key, lock.files.get(key) or files(data, split=split))
         except (HubError, DataError) as error:
             yield Images(name, key, error)
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from pipeline.calibration import calibrate, finished_units
-from pipeline.cost import seconds_per_index
+from pipeline.calibration import Calibration, calibrate, finished_units
+from pipeline.cost import block_work, nominal_rates, seconds_per_index, slot_device, slot_share
 from pipeline.coverage import missing_blocks, without
 from pipeline.entries import Manifest, ResourceSpec
+from pipeline.hub_file import HubFile
 from pipeline.resolve import resolve
 from pipeline.shards import Quarantined, ShardName, list_shards
 from pipeline.specs import Resolved, Spec, Task, Unresolved
@@ -55,11 +56,12 @@ class Plan:
     unresolved: tuple[Unresolved, ...]
     waiting: tuple[str, ...]
     stale: tuple[str, ...]
-    calibration: tuple[float, float, float]
+    calibration: Calibration
+    files: Mapping[str, tuple[HubFile, ...]] = field(default_factory=dict)
 
     @property
     def predicted_seconds(self) -> float:
-        """Sum over the units to do, in seconds of one slot, before calibration."""
+        """Sum over the units to do, in seconds of one slot."""
         return sum(unit.predicted_seconds for unit in self.units)
 
     @property
@@ -98,12 +100,14 @@ def make_plan(
             return make_plan(
                 manifest, store, resolved=resolved, retry_failed=retry_failed, decisions=decisions
             )
+    calibration = _calibration(resolved, store, present, manifest.resources)
     planned_blocks: dict[str, list[Block]] = {}
     units: list[Task] = []
     for item in specs:
         # Equal networks, or twins that differ in coverage alone, share their units.
         known = planned_blocks.setdefault(item.spec.key, [])
-        units += _units(item, without(item.todo, known), manifest, store, present)
+        todo = without(item.todo, known)
+        units += _units(item, todo, manifest, store, present, calibration)
         known += item.todo
     planned = {item.spec.key for item in specs}
     return Plan(
@@ -112,7 +116,8 @@ def make_plan(
         unresolved=resolved.unresolved,
         waiting=tuple(ref.entry.name for ref in resolved.untrained),
         stale=tuple(sorted(key for key in present if key not in planned)),
-        calibration=calibrate(finished_units(store, planned, present)),
+        calibration=calibration,
+        files=resolved.files,
     )
 
 
@@ -143,6 +148,22 @@ def final_stage(
         if decisions[memo]:
             return number, block
     return len(stages) - 1, stages[-1]
+
+
+def _calibration(
+    resolved: Resolved,
+    store: Store,
+    present: Mapping[str, Sequence[ShardName]],
+    resources: ResourceSpec,
+) -> Calibration:
+    device = slot_device(resources)
+    found = finished_units(
+        store, {spec.key: spec for spec in resolved.specs}, present,
+        is_gpu=device.is_gpu, share=slot_share(resources),
+    )  # fmt: skip
+    low, middle, high = device.efficiency
+    spread = max(middle / low, high / middle)
+    return calibrate(found, nominal_rates(device), spread=spread)
 
 
 def _spec_plan(
@@ -183,22 +204,27 @@ def _units(
     manifest: Manifest,
     store: Store,
     present: Mapping[str, Sequence[ShardName]],
+    calibration: Calibration,
 ) -> Iterator[Task]:
     spec, resources = item.spec, manifest.resources
     if not todo:
         return
     device: Literal["cpu", "cuda"] = "cuda" if resources.num_gpus > 0 else "cpu"
-    per_index = seconds_per_index(spec, device)
-    size = unit_size(spec, per_index, resources)
+    size = unit_size(spec, seconds_per_index(spec, resources), resources)
     generation = 1 + max(
         (n.generation for n in present.get(spec.key, ()) if n.generation is not None), default=-1
     )
     for gap in todo:
         for piece in split(gap, size, item.wanted):
+            seconds = calibration.rates.seconds(
+                block_work(spec, piece, resources.batch_size),
+                num_images=0 if spec.entry is None else len(piece.samples),
+                share=slot_share(resources),
+            )
             yield Task(
                 spec=spec, block=piece, seed=manifest.seed, store=store.uri,
                 batch_size=resources.batch_size, threads=resources.num_cpus, device=device,
-                predicted_seconds=per_index * len(piece), generation=generation,
+                predicted_seconds=seconds, generation=generation,
             )  # fmt: skip
 
 

@@ -10,7 +10,8 @@ import pandas as pd
 import pydantic
 
 from pipeline.labels import counted
-from pipeline.plan import Plan, SpecPlan
+from pipeline.plan import Plan
+from pipeline.plan_summary import measurement_name
 from pipeline.store import Store
 
 SPEC_FOLDER = "specs"
@@ -24,7 +25,7 @@ def plan_table(plan: Plan) -> pd.DataFrame:
     lines = [
         {
             "checkpoint": item.spec.checkpoint,
-            "measurement": _measurement(item),
+            "measurement": measurement_name(item.spec),
             "state": item.state,
             "units": len(units[item.spec.key]),
             "seconds": round(sum(units[item.spec.key]), 1),
@@ -64,12 +65,11 @@ def status_table(plan: Plan) -> pd.DataFrame:
     """One line per measurement: how many checkpoints are done, to do, failed."""
     counts: dict[str, dict[str, int]] = {}
     for item in plan.specs:
-        line = counts.setdefault(_measurement(item), dict.fromkeys(("done", "todo", "failed"), 0))
+        line = counts.setdefault(
+            measurement_name(item.spec), dict.fromkeys(("done", "todo", "failed"), 0)
+        )
         line[item.state] += 1
-    units: dict[str, int] = defaultdict(int)
-    for unit in plan.units:
-        label = f"@{unit.spec.label}" if unit.spec.label else ""
-        units[unit.spec.metric + label] += 1
+    units = Counter(measurement_name(unit.spec) for unit in plan.units)
     lines = [
         {"measurement": name, **line, "waiting": 0, "units_todo": units[name]}
         for name, line in counts.items()
@@ -156,8 +156,3 @@ def _differences(old: object, new: object, path: str = "") -> list[str]:
 def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= 28 else text[:25] + "..."
-
-
-def _measurement(item: SpecPlan) -> str:
-    spec = item.spec
-    return spec.metric + (f"@{spec.label}" if spec.label else "")

@@ -11,7 +11,7 @@ does what is counted here.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,12 @@ class Counts:
         forward_flops: Floating-point operations (a product and a sum are 2).
         num_operators: Operators that write something: what a machine starts one by one.
         operator_bytes: What they write.
-        largest_bytes: The most that one of them writes.
+        backward_flops, backward_operators, backward_bytes: The same of a pass back to the image,
+            a product with the transposed Jacobian.
+        tangent_flops, tangent_operators, tangent_bytes: The same of a product with the Jacobian,
+            the backward of that pass. Grouped convolutions do theirs group by group: thousands of
+            operators.
+        largest_bytes: The most that one operator of the forward writes.
         graph_bytes: Activations that the graph of the input Jacobian keeps.
         double_graph_bytes: Activations that the graph of its backward keeps besides, all together.
         layers: Linear and convolutional layers in the order of their calls.
@@ -63,6 +68,12 @@ class Counts:
     forward_flops: int
     num_operators: int
     operator_bytes: int
+    backward_flops: int
+    backward_operators: int
+    backward_bytes: int
+    tangent_flops: int
+    tangent_operators: int
+    tangent_bytes: int
     largest_bytes: int
     graph_bytes: int
     double_graph_bytes: int
@@ -78,22 +89,32 @@ def count(model: nn.Module, input_size: tuple[int, ...]) -> Counts:
     """
     prepare(model)
     kept = _Kept(model)
-    counter, layers = _Counter(), list[LayerOutline]()
+    forward, backward, tangent = _Counter(), _Counter(), _Counter()
+    layers: list[LayerOutline] = []
     images = torch.empty(1, *input_size, device="meta", requires_grad=True)
     with torch.enable_grad(), kept.watching():
-        with torch.device("meta"), _watched(model, layers), counter:
+        with torch.device("meta"), _watched(model, layers), forward:
             logits = model(images)
         graph_bytes = kept.num_bytes
         cotangent = torch.zeros_like(logits, requires_grad=True)
-        torch.autograd.grad(logits, images, cotangent, create_graph=True)
+        with backward:
+            (pullback,) = torch.autograd.grad(logits, images, cotangent, create_graph=True)
+    with tangent:
+        torch.autograd.grad(pullback, cotangent, torch.ones_like(pullback))
     return Counts(
         num_outputs=int(logits.shape[1]),
         num_parameters=sum(p.numel() for p in model.parameters()),
         weight_bytes=sum(t.numel() * t.element_size() for t in model.state_dict().values()),
-        forward_flops=counter.flops,
-        num_operators=counter.operators,
-        operator_bytes=counter.num_bytes,
-        largest_bytes=counter.largest,
+        forward_flops=forward.flops,
+        num_operators=forward.operators,
+        operator_bytes=forward.num_bytes,
+        backward_flops=backward.flops,
+        backward_operators=backward.operators,
+        backward_bytes=backward.num_bytes,
+        tangent_flops=tangent.flops,
+        tangent_operators=tangent.operators,
+        tangent_bytes=tangent.num_bytes,
+        largest_bytes=forward.largest,
         graph_bytes=graph_bytes,
         double_graph_bytes=kept.num_bytes,
         layers=tuple(layers),
@@ -106,24 +127,41 @@ class _Counter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.flops = self.operators = self.num_bytes = self.largest = 0
+        # Convolutions of the same shapes, as groups are: the meta device takes a while for each.
+        self.known: dict[tuple[Any, ...], tuple[torch.Size, int]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        packet = func._overloadpacket
+        if packet is torch.ops.aten.convolution:
+            return self._convolution(func, args)
         result = func(*args, **(kwargs or {}))
         if not func.is_view:
-            formula = flop_registry.get(func._overloadpacket)
+            formula = flop_registry.get(packet)
             if formula is not None:
                 self.flops += int(formula(*args, **(kwargs or {}), out_val=result))
-            self.operators += 1
-            written = [
-                t.numel() * t.element_size()
-                for t in (result if isinstance(result, tuple | list) else (result,))
-                if isinstance(t, torch.Tensor)
-            ]
-            self.num_bytes += sum(written)
-            self.largest = max(self.largest, *written, 0)
+            self._note(result if isinstance(result, tuple | list) else (result,))
         return result
+
+    def _convolution(self, func: Any, args: tuple[Any, ...]) -> torch.Tensor:
+        shapes = [tuple(a.shape) if isinstance(a, torch.Tensor) else str(a) for a in args]
+        key = (args[0].dtype, *shapes)
+        if key not in self.known:
+            result = func(*args)
+            flops = flop_registry[torch.ops.aten.convolution](*args, out_val=result)
+            self.known[key] = result.shape, int(flops)
+        shape, flops = self.known[key]
+        result = args[0].new_empty(shape)
+        self.flops += flops
+        self._note((result,))
+        return result
+
+    def _note(self, results: Sequence[Any]) -> None:
+        written = [t.numel() * t.element_size() for t in results if isinstance(t, torch.Tensor)]
+        self.operators += 1
+        self.num_bytes += sum(written)
+        self.largest = max(self.largest, *written, 0)
 
 
 class _Kept:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,10 @@ class Outline:
         layers: Linear and convolutional layers in the order of their calls.
         num_operators: Operators of a forward that write something.
         operator_bytes: What they write for one image.
-        largest_bytes: The most that one of them writes.
+        backward_flops, backward_operators, backward_bytes: The same of a product with the
+            transposed Jacobian.
+        tangent_flops, tangent_operators, tangent_bytes: The same of one with the Jacobian.
+        largest_bytes: The most that one operator of the forward writes.
         graph_bytes: Activations that the graph of one image's Jacobian keeps.
         double_graph_bytes: The same with the graph of its backward.
         weight_bytes: Parameters and buffers as a weights file holds them.
@@ -62,6 +65,12 @@ class Outline:
     # Zero where an older flatcensus wrote them down.
     num_operators: int = 0
     operator_bytes: int = 0
+    backward_flops: int = 0
+    backward_operators: int = 0
+    backward_bytes: int = 0
+    tangent_flops: int = 0
+    tangent_operators: int = 0
+    tangent_bytes: int = 0
     largest_bytes: int = 0
     graph_bytes: int = 0
     double_graph_bytes: int = 0
@@ -135,12 +144,13 @@ def _counted(named: str) -> Counts:
     architecture, model_args, shape = json.loads(named)
     if architecture in NETWORKS:  # in milliseconds
         return _count(architecture, model_args, shape)
-    if (known := outline_cache.read(named)) is not None:
+    stored = json.dumps([named, [field.name for field in fields(Counts)]])
+    if (known := outline_cache.read(stored)) is not None:
         layers = tuple(LayerOutline(*layer) for layer in known.pop("layers"))
         return Counts(**known, layers=layers)
     counts = _count(architecture, model_args, shape)
     layers = [list(vars(layer).values()) for layer in counts.layers]
-    outline_cache.write(named, {**asdict(counts), "layers": layers})
+    outline_cache.write(stored, {**asdict(counts), "layers": layers})
     return counts
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tasks.jacobian import JVP_COST, VJP_COST
 from tasks.measurement import Measurement
 from tasks.outline import Outline
 
@@ -96,7 +97,7 @@ def unit_work(
     needs = _NEEDS.get(measurement.metric, _UNKNOWN)
     batch = images_at_once(measurement, batch_size=batch_size, num_samples=num_samples)
     forwards = measurement.forward_equivalents(network) * num_samples * num_draws
-    work = _forwards(network, forwards, batch)
+    work = _passes(network, forwards, batch, graphs=needs.graphs)
     if needs.is_noisy:
         draws = num_draws * num_samples / batch
         work += Work(num_bytes=_NOISE_WRITES * network.weight_bytes * draws)
@@ -108,7 +109,7 @@ def self_test_work(measurement: Measurement, network: Outline) -> Work:
     if not _NEEDS.get(measurement.metric, _UNKNOWN).is_tested:
         return Work()
     forwards = _SELF_TEST_FORWARDS * _SELF_TEST_IMAGES
-    return _forwards(network, forwards, _SELF_TEST_IMAGES)
+    return _passes(network, forwards, _SELF_TEST_IMAGES, graphs=2)
 
 
 def images_at_once(measurement: Measurement, *, batch_size: int, num_samples: int) -> int:
@@ -146,9 +147,14 @@ def peak_bytes(
     return max(held * itemsize / 4 + rows, tested)
 
 
-def _forwards(network: Outline, forwards: float, batch: int) -> Work:
-    return Work(
-        flops=forwards * network.forward_flops,
-        num_bytes=forwards * network.operator_bytes,
-        operators=forwards / batch * network.num_operators,
-    )
+def _passes(network: Outline, forwards: float, batch: int, *, graphs: int) -> Work:
+    """Work in units of forwards, which measurements with a graph spend on products with it."""
+    back = Work(network.backward_flops, network.backward_bytes, network.backward_operators)
+    tangent = Work(network.tangent_flops, network.tangent_bytes, network.tangent_operators)
+    one, unit = Work(network.forward_flops, network.operator_bytes, network.num_operators), 1.0
+    if graphs == 1 and back.operators:
+        one, unit = back, VJP_COST
+    elif graphs > 1 and back.operators:
+        one, unit = back + tangent, VJP_COST + JVP_COST
+    count = forwards / unit
+    return Work(one.flops * count, one.num_bytes * count, one.operators * count / batch)

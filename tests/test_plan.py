@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from populations import Quiet, save_mlp, write_manifest
 from synthetic import Layered
 
-from pipeline.calibration import MAX_RECORDS, UNMEASURED, calibrate, finished_units
+from pipeline.calibration import MAX_RECORDS, finished_units
 from pipeline.coverage import missing_blocks
 from pipeline.manifest import ResourceSpec
 from pipeline.plan import make_plan, split, unit_size
@@ -165,7 +165,7 @@ EXPENSIVE = '[[measurements]]\nmetric = "layered"\ncost = {cost}\n'
 @pytest.mark.usefixtures("layered")
 def test_units_of_expensive_samples_cover_what_large_ones_do_and_give_the_same(tmp_path: Path):
     cheap = prepare(tmp_path / "cheap", samples=20, measurements=EXPENSIVE.format(cost=1.0))
-    costly = prepare(tmp_path / "costly", samples=20, measurements=EXPENSIVE.format(cost=1e6))
+    costly = prepare(tmp_path / "costly", samples=20, measurements=EXPENSIVE.format(cost=1e9))
     assert [u.block.samples for u in cheap.plan().units] == [range(20)]
     assert [u.block.samples for u in costly.plan().units] == [range(i, i + 1) for i in range(20)]
     _, few = done(cheap).reduce()
@@ -203,7 +203,8 @@ def test_equal_notes_are_told_once_and_finished_checkpoints_need_none(tmp_path: 
     answer = call("plan", tmp_path / "m.toml", "--run", folder)
     assert answer.err.count("10 rows at once") == 2
     assert "rows at once" not in answer.out
-    records = call("plan", tmp_path / "m.toml", "--run", folder, "--json").records
+    *records, last = call("plan", tmp_path / "m.toml", "--run", folder, "--json").records
+    assert last["totals"]["units"] == 9
     assert [r["note"] for r in records] == ["10 rows at once", "10 rows at once", ""] * 3
     done(run)
     table, notes = numbered_notes(plan_table(run.plan()))
@@ -352,29 +353,23 @@ def test_a_launch_keeps_what_each_key_stands_for(tmp_path: Path):
     assert kept == {f"{item.spec.key}.json" for item in run.plan().specs}
 
 
-def test_calibration_is_the_ratio_of_sums_with_the_range_of_single_units():
-    assert calibrate([]) == UNMEASURED
-    assert calibrate([(1.0, 2.0)] * 3) == UNMEASURED
-    assert calibrate([(1.0, 2.0)] * 4) == pytest.approx((2.0, 2.0, 2.0))
-    measured = [(1.0, r) for r in np.linspace(1.0, 3.0, 101)] + [(100.0, 300.0)]
-    low, middle, high = calibrate(measured)
-    assert middle == pytest.approx((300 + 202) / 201)  # the long unit weighs as it costs
-    assert (low, high) == pytest.approx((1.2, 2.8), abs=0.05)
-    assert calibrate([(0.0, 1.0), (1.0, 0.0)] * 9) == UNMEASURED  # nothing was predicted
-
-
-def test_plans_of_a_run_use_its_own_times(tmp_path: Path):
+def test_plans_of_a_run_use_its_own_times_and_cut_as_before(tmp_path: Path):
     run = prepare(tmp_path, samples=160, resources="unit_seconds = 1e-6")
-    assert run.plan().calibration == UNMEASURED
+    before = run.plan()
+    assert before.calibration.num_units == 0
     done(run)
     plan = run.plan()
-    present = list_shards(run.store)
-    found = list(finished_units(run.store, {s.spec.key for s in plan.specs}, present))
-    assert len(found) == 5
-    assert plan.calibration == calibrate(found) != UNMEASURED
+    assert (plan.calibration.num_units, plan.calibration.num_networks) == (5, 1)
+    assert plan.calibration.rates != before.calibration.rates
     answer = call("plan", prepare_more(tmp_path), "--run", tmp_path / "run")
     assert "1 unit to do, about " in answer.err
-    assert " to " in answer.err
+    assert "calibrated on 5 finished units of 1 network" in answer.err
+    # What was learnt moves no boundary: they are those of a run that knows nothing.
+    for shards in list_shards(run.store).values():
+        for name in shards[1:]:
+            run.store.path(name.key).unlink()
+    blocks = [unit.block for unit in run.plan().units]
+    assert blocks == [unit.block for unit in before.units][1:]
 
 
 def prepare_more(folder: Path) -> Path:
@@ -384,9 +379,17 @@ def prepare_more(folder: Path) -> Path:
 def test_a_bounded_number_of_records_is_read_and_damaged_ones_are_passed_over(tmp_path: Path):
     run = done(prepare(tmp_path, samples=32))
     ((key, (name,)),) = list_shards(run.store).items()
-    assert len(list(finished_units(run.store, [key], {key: [name] * 1000}))) <= MAX_RECORDS
+    specs = {item.spec.key: item.spec for item in run.plan().specs}
+
+    def found(number: int, *, is_gpu: bool = False) -> int:
+        present = {key: [name] * number}
+        return len(list(finished_units(run.store, specs, present, is_gpu=is_gpu)))
+
+    assert found(1) == 1
+    assert found(1, is_gpu=True) == 0, "a CPU says nothing about GPUs"
+    assert 1 < found(1000) <= MAX_RECORDS
     run.store.path(name.key).write_bytes(b"no shard")
-    assert list(finished_units(run.store, [key], {key: [name]})) == []
+    assert found(1) == 0
 
 
 def test_planning_is_a_pure_function_of_manifest_and_store(tmp_path: Path):
