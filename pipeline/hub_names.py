@@ -61,7 +61,8 @@ def find_images(manifest: Manifest, lock: Lock) -> Iterator[Images]:
     for key, (data, split) in wanted.items():
         name = f"{data.repo} {split}"
         try:
-            yield Images(name, key, lock.files.get(key) or files(data, split=split))
+            locked = lock.files.get(key, ())
+            yield Images(name, key, files(data, split=split, locked=locked))
         except (HubError, DataError) as error:
             yield Images(name, key, error)
 
