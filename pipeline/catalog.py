@@ -1,4 +1,4 @@
-"""What a manifest can name: metrics with their settings, data sets, networks, timm models."""
+"""What a manifest can name: metrics, data sets, networks, timm's families and its models."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pandas as pd
 
 from pipeline.errors import UsageError, did_you_mean
 
-KINDS = ("metrics", "datasets", "networks", "models")
+KINDS = ("metrics", "datasets", "networks", "families", "models")
 
 
 def catalog(what: str, pattern: str = "*") -> pd.DataFrame:
@@ -36,6 +36,18 @@ def catalog(what: str, pattern: str = "*") -> pd.DataFrame:
 
         annotation = TrainSettings.model_fields["network"].annotation
         lines = [{"network": name} for name in getattr(annotation, "__args__", ())]
+    elif what == "families":
+        from tasks.families import FAMILIES, traits_of
+
+        lines = [
+            {
+                "family": name,
+                "for example": ", ".join(member.architecture for member in members),
+                "special": ", ".join(traits_of(name)),
+                "not defined": ", ".join(dict.fromkeys(s for m in members for s in m.cannot)),
+            }
+            for name, members in FAMILIES.items()
+        ]
     elif what == "models":
         import timm
 

@@ -231,11 +231,14 @@ def test_verify_reads_every_shard_and_sets_damaged_ones_aside(run: Path, tmp_pat
     assert answer.next_step == f"flatcensus resume {copied}"
 
 
-@pytest.mark.parametrize("what", ["metrics", "datasets", "networks"])
+@pytest.mark.parametrize("what", ["metrics", "datasets", "networks", "families"])
 def test_list_names_what_a_manifest_can_name(what: str):
     names = {next(iter(r.values())) for r in call("list", what, "--json").records}
-    expected = {"metrics": "adaptive_sharpness", "datasets": "digits", "networks": "vit"}[what]
-    assert expected in names
+    expected = {
+        "metrics": "adaptive_sharpness", "datasets": "digits", "networks": "vit",
+        "families": "vision_transformer",
+    }  # fmt: skip
+    assert expected[what] in names
 
 
 def test_list_models_takes_a_wildcard():

@@ -16,6 +16,7 @@ from pipeline.correlate import CorrelationPair
 from pipeline.errors import ManifestError
 from pipeline.manifest import DataSpec, LocalEntry, ResourceSpec, TimmEntry, _Head, parse_manifest
 from pipeline.matrix import PairPlot
+from tasks.families import DEFAULTS, FAMILIES, TRAITS, traits_of
 from tasks.registry import METRICS
 from tasks.training_settings import NETWORK_DEFAULTS, OPTIMIZER_DEFAULTS, TrainSettings
 
@@ -92,6 +93,19 @@ def test_every_example_manifest_is_valid(document: str):
         if "[[train]]" not in text and "[[checkpoints]]" not in text:
             text += '\n[[train]]\nnetwork = "mlp"\n'
         parse_manifest(text, where=document, root=Path("/nowhere"), folders=())
+
+
+def test_the_tables_of_families_are_the_data():
+    listed, choices = tables(section(REFERENCE, "families"))
+    assert [(quoted(r["family"]), quoted(r["for example"])) for r in listed] == [
+        ([name], [m.architecture for m in members]) for name, members in FAMILIES.items()
+    ]
+    assert [tuple(quoted(r["special"])) for r in listed] == [traits_of(name) for name in FAMILIES]
+    known = {**DEFAULTS, **{f"`{name}`": choice for name, choice in TRAITS.items()}}
+    assert [r[""] for r in choices] == list(known)
+    for row, choice in zip(choices, known.values(), strict=True):
+        assert (row["what is done"], row["why"]) == (choice.done, choice.reason)
+        assert tuple(quoted(row["not defined"])) == choice.cannot
 
 
 def test_grid_names_are_the_ones_that_the_reference_shows():
