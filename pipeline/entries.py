@@ -69,8 +69,8 @@ class ResourceSpec(Settings):
     unit_seconds: float = pydantic.Field(default=60.0, gt=0)
     max_attempts: int = pydantic.Field(default=3, ge=1)
     hang_seconds: float = pydantic.Field(default=120.0, gt=0)
-    device: str | None = None
     prefetch: int = pydantic.Field(default=2, ge=0)
+    device: str | None = None
 
     @pydantic.field_validator("num_gpus")
     @classmethod
