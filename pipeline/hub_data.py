@@ -44,10 +44,15 @@ def files(
             return found
         revision = locked[0].commit
     if constants.HF_HUB_OFFLINE or COMMIT.fullmatch(revision or ""):
-        for listed in _cached(repo, revision):
-            found = _choose(listed, split, data.files)
-            if found is not None and _is_whole(found, data.files):
-                return found
+        choices = [_choose(listed, split, data.files) for listed in _cached(repo, revision)]
+        whole = [found for found in choices if found and _is_whole(found, data.files)]
+        if len(whole) > 1:
+            raise HubError(
+                f"{repo}: offline, and the cache holds {len(whole)} revisions "
+                f"({', '.join(found[0].commit for found in whole)}). Set 'revision' to one of them."
+            )
+        if whole:
+            return whole[0]
     what = f"{repo} at {revision}" if revision else repo
     if constants.HF_HUB_OFFLINE:
         raise HubError(
@@ -119,13 +124,13 @@ def _listed(repo: str, revision: str | None, what: str) -> list[HubFile]:
 
 
 def _cached(repo: str, revision: str | None) -> list[list[HubFile]]:
-    """What the cache holds of the repository: at this revision, or each commit if none is given."""
+    """What the cache holds of the repository at this revision; of each commit if none is given."""
     folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="dataset")
     reference = folder / "refs" / (revision or constants.DEFAULT_REVISION)
     if reference.is_file():
         commits = [reference.read_text().strip()]
     else:
-        commits = [revision] if revision else []
+        commits = [revision] if revision else [p.name for p in (folder / "snapshots").glob("*")]
     return [
         [
             _cached_file(repo, commit, path, folder / "snapshots" / commit)

@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from huggingface_hub import constants, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
+from pipeline.download import download
 from pipeline.entries import DataSpec
-from pipeline.hub import download
 from pipeline.hub_cache import cached
 from pipeline.hub_file import HubFile
 from pipeline.parquet_images import ParquetImages, check_columns, read_labels
