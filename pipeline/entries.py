@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pydantic
 
@@ -15,6 +15,7 @@ from pipeline.correlate import CorrelationPair
 from pipeline.device_classes import DEVICE_CLASSES
 from pipeline.matrix import PairPlot
 from tasks.measurement import Measurement, Output, Settings
+from tasks.outline import Outline
 from tasks.training_settings import TrainSettings
 
 
@@ -122,13 +123,62 @@ class TrainEntry:
     settings: TrainSettings
 
 
+class TimmModel(Settings):
+    """A pretrained checkpoint with what is known of it: what timm builds must agree."""
+
+    name: str
+    family: str | None = None
+    tag: str | None = None
+    input_size: int | None = pydantic.Field(default=None, ge=1)
+    parameters: int | None = pydantic.Field(default=None, ge=1)
+
+    @pydantic.model_validator(mode="after")
+    def _tag_of_the_name(self) -> TimmModel:
+        if "." not in self.name:
+            raise ValueError(f"name must be timm's full name with its tag, found {self.name!r}")
+        if self.tag is not None and self.name.partition(".")[2] != self.tag:
+            raise ValueError(f"tag {self.tag!r} is not the tag of {self.name!r}")
+        return self
+
+    def mismatch(self, network: Outline) -> str:
+        """How the network differs from what is known of it; empty if it does not."""
+        built = {
+            "input_size": network.data_config["input_size"][-1],
+            "parameters": network.num_parameters,
+        }
+        wrong = [
+            f"{key} {built[key]} instead of {expected}"
+            for key in built
+            if (expected := getattr(self, key)) not in (None, built[key])
+        ]
+        return ", ".join(wrong)
+
+
 class TimmEntry(Settings):
-    """Pretrained checkpoints by full timm name, from the hub."""
+    """Pretrained checkpoints from the hub, by timm's full names: bare, or tables in ``models``.
+
+    ``names`` has both.
+    """
 
     source: Literal["timm"]
     names: list[str] = pydantic.Field(min_length=1)
+    models: list[TimmModel] = pydantic.Field(default_factory=list)
     revision: str | None = None
     family: str | None = None
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _names_of_the_models(cls, data: Any) -> Any:
+        models = data.get("models") if isinstance(data, dict) else None
+        if not isinstance(models, list):
+            return data
+        named = [model["name"] for model in models if isinstance(model, dict) and "name" in model]
+        return {**data, "names": [*data.get("names", ()), *named]}
+
+    def family_of(self, name: str) -> str | None:
+        """The group that the manifest puts a checkpoint in, if it does."""
+        known = (model.family for model in self.models if model.name == name)
+        return self.family or next(known, None)
 
 
 class LocalEntry(Settings):

@@ -33,6 +33,7 @@ from pipeline.specs import (
     spec_key,
 )
 from pipeline.store import Store
+from pipeline.versions import versions
 from tasks.checkpoints import CheckpointError, CheckpointRef, describe_local, describe_timm
 from tasks.datasets import TRAINING_SPLIT, DatasetError, ImageDataset, transform_identity
 from tasks.outline import Outline, outline, outline_architecture
@@ -87,6 +88,7 @@ def resolve(manifest: Manifest, store: Store, *, tentative: bool = False) -> Res
     for entry, paths in manifest.local:
         for path in paths:
             refs.extend(_described(path, path.name, entry.family, unresolved))
+    known = {model.name: model for entry in manifest.timm for model in entry.models}
     files: dict[str, tuple[HubFile, ...]] = {}
     hub_refs = list(_timm_refs(manifest, lock, unresolved, files, tentative=tentative))
     refs.extend((ref, ref.name) for ref in hub_refs)
@@ -103,6 +105,14 @@ def resolve(manifest: Manifest, store: Store, *, tentative: bool = False) -> Res
                 outputs = outputs_of_classes(manifest, images, ref, num_outputs=network.num_outputs)
             except (CheckpointError, DatasetError) as error:
                 unresolved.append(Unresolved(name, ref.family, ref.tag, str(error)))
+                continue
+            if name in known and (wrong := known[name].mismatch(network)):
+                reason = (
+                    f"timm {versions()['timm']} builds another network under this name than the "
+                    f"manifest expects: {wrong}. Correct the manifest, or install the timm that "
+                    "it was written for"
+                )
+                unresolved.append(Unresolved(name, ref.family, ref.tag, reason))
                 continue
             measured = [
                 _measure_spec(
@@ -212,7 +222,7 @@ def _timm_refs(
     from pipeline import hub_names
 
     for weights in hub_names.find_weights(manifest, lock):
-        found, family = weights.file, weights.entry.family
+        found, family = weights.file, weights.entry.family_of(weights.name)
         if isinstance(found, HubFile):
             files[weights.key] = (found,)
             identity = found.identity
