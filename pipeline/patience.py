@@ -2,8 +2,9 @@
 
 Rate limits, server errors and broken connections are tried again after an exponentially growing
 pause with jitter, or after the pause that the server announces. Everything else ends at once in a
-``HubError`` that says what to do. Messages are our own: what the server or the HTTP library says
-never reaches the user, so a token cannot either.
+``HubError`` that says what to do. Messages are our own, and their causes are cut off: what the
+server or the HTTP library says reaches neither the user nor a failure row, so a token cannot
+either.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def patiently(call: Callable[[], T], *, what: str, host: str | None = None) -> T
             cause = _cause(error)
             pause = _pause(cause, attempt, what, host or constants.ENDPOINT)
             if attempt == TRIES:
-                raise _exhausted(cause, what, host or constants.ENDPOINT) from error
+                raise _exhausted(cause, what, host or constants.ENDPOINT) from None
         time.sleep(pause)
     raise AssertionError("unreachable")
 
@@ -116,47 +117,45 @@ def _pause(error: Exception, attempt: int, what: str, host: str) -> float:
             f"{what}: not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set. "
             "Unset it, or fill the cache on a machine with network.",
             unasked=True,
-        ) from error
+        ) from None
     if isinstance(error, GatedRepoError) or status == 403:
-        raise HubError(
-            f"{what}: the hub refuses access (gated or private). {TOKEN_HINT}"
-        ) from error
+        raise HubError(f"{what}: the hub refuses access (gated or private). {TOKEN_HINT}") from None
     if isinstance(error, RevisionNotFoundError):
         raise HubError(
             f"{what}: no such revision. Correct 'revision', or leave it out to take the newest."
-        ) from error
+        ) from None
     if status == 401 and not isinstance(error, RepositoryNotFoundError):
-        raise HubError(f"{what}: the hub does not accept the login. {TOKEN_HINT}") from error
+        raise HubError(f"{what}: the hub does not accept the login. {TOKEN_HINT}") from None
     if isinstance(error, RepositoryNotFoundError):
         raise HubError(
             f"{what}: no such repository at {host}, or a private one. "
             f"Check the name and HF_ENDPOINT. {TOKEN_HINT}"
-        ) from error
+        ) from None
     if status == 404 or isinstance(error, EntryNotFoundError):
-        raise HubError(f"{what}: not found at {host}. Check the name.") from error
+        raise HubError(f"{what}: not found at {host}. Check the name.") from None
     if status is not None and status not in RETRIED_STATUS:
         raise HubError(
             f"{what}: {host} answered with HTTP status {status}. Check HF_ENDPOINT and proxies."
-        ) from error
+        ) from None
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
         raise StoreError(
             f"{what}: no space is left for it in the cache {constants.HF_HUB_CACHE}. Free some, or "
             "set HF_HOME to a folder on a larger disk; what is complete is kept.",
             disk_full=True,
-        ) from error
+        ) from None
     if getattr(error, "errno", None) is not None and not isinstance(
         error, ConnectionError | TimeoutError
     ):
         raise HubError(
             f"{what}: cannot write to the cache {constants.HF_HUB_CACHE} ({error}). Free space or "
             "correct its permissions, or set HF_HOME to another folder."
-        ) from error
+        ) from None
     announced = None if response is None else _announced(response.headers)
     if announced is not None and announced > LONGEST_PAUSE_SECONDS:
         raise HubError(
             f"{what}: the hub asks to wait {announced:.0f} s (HTTP status {status}). "
             "Try again after that, or set HF_TOKEN for a higher limit."
-        ) from error
+        ) from None
     # Jitter keeps many machines from returning at the same moment; it has no effect on results.
     backoff = FIRST_PAUSE_SECONDS * 2 ** (attempt - 1) * random.uniform(0.5, 1)
     return max(announced or 0.0, min(backoff, LONGEST_PAUSE_SECONDS))

@@ -2,7 +2,8 @@
 
 It answers the repository listing (``/api/models/...``, ``/api/datasets/...``), and HEAD and GET of
 ``/<repo>/resolve/<revision>/<file>``. As on the real hub, large files are redirected to another
-host (here ``localhost`` instead of ``127.0.0.1``), which serves byte ranges.
+host (here ``localhost`` instead of ``127.0.0.1``), which serves byte ranges. The files of the
+repository ``web`` are plain files at ``/web/``, as a release page has them.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+STALL_SECONDS = 3.0
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -28,6 +31,7 @@ class Fault:
     status: int = 0  # answer with this status,
     headers: dict[str, str] = field(default_factory=dict)  # and these headers
     cut_after: int | None = None  # or send this many bytes, then drop the connection
+    stall_after: int | None = None  # or send this many bytes, then nothing for STALL_SECONDS
     wrong_bytes: bool = False  # or flip every bit of the content
     times: int = 1
 
@@ -42,6 +46,24 @@ class FakeHub:
     requests: list[tuple[str, str]] = field(default_factory=list)  # method, path
     tokens: list[tuple[str, str | None]] = field(default_factory=list)  # path, authorization
     commit: str = COMMIT
+    seconds: float = 0.0  # that a body takes
+    begun: list[tuple[float, str]] = field(default_factory=list)  # bodies: when (time.time), path
+    ended: list[tuple[float, str]] = field(default_factory=list)
+
+    def bodies(self, name: str) -> int:
+        """How often the content of a weights file was sent, in whole or in part."""
+        digests = {hashlib.sha256(files[name]).hexdigest() for files in self.files.values()
+                   if name in files}  # fmt: skip
+        return sum(path.rpartition("/")[2] in digests for _, path in self.begun)
+
+    def most_at_once(self) -> int:
+        """How many bodies were under way at one moment, at most."""
+        changes = [(t, 1) for t, _ in self.begun] + [(t, -1) for t, _ in self.ended]
+        now = most = 0
+        for _, change in sorted(changes):
+            now += change
+            most = max(most, now)
+        return most
 
 
 @contextmanager
@@ -61,6 +83,9 @@ def fake_hub(files: dict[str, dict[str, bytes]]) -> Iterator[FakeHub]:
         thread.join()
 
 
+_pause = time.sleep  # tests replace time.sleep
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -76,6 +101,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, *, body: bool) -> None:
         hub: FakeHub = self.server.hub  # pyright: ignore[reportAttributeAccessIssue]
         path = unquote(urlsplit(self.path).path)
+        if path == "/api/agent-harnesses":  # the client's own business
+            return self._send(200, b'{"standardEnvVars": [], "harnesses": {}}', {}, body)
         hub.requests.append((self.command, path))
         hub.tokens.append((path, self.headers.get("authorization")))
         fault = self._fault(hub, path)
@@ -90,7 +117,12 @@ class _Handler(BaseHTTPRequestHandler):
                 for content in repository.values()
                 if hashlib.sha256(content).hexdigest() == path.removeprefix("/cdn/")
             )
-            return self._content(content, fault, body)
+            return self._timed(path, content, fault, body)
+        if path.startswith("/web/"):
+            content = hub.files.get("web", {}).get(path.removeprefix("/web/"))
+            if content is None:
+                return self._send(404, b"", {}, body)
+            return self._timed(path, content, fault, body)
         return self._resolve(hub, path, body)
 
     def _fault(self, hub: FakeHub, path: str) -> Fault | None:
@@ -143,6 +175,16 @@ class _Handler(BaseHTTPRequestHandler):
         }
         self._send(302, b"", headers, body)
 
+    def _timed(self, path: str, content: bytes, fault: Fault | None, body: bool) -> None:
+        hub: FakeHub = self.server.hub  # pyright: ignore[reportAttributeAccessIssue]
+        hub.begun.append((time.time(), path))
+        _pause(hub.seconds)
+        try:
+            self._content(content, fault, body)
+        except OSError:  # the client has left
+            self.close_connection = True
+        hub.ended.append((time.time(), path))
+
     def _content(self, content: bytes, fault: Fault | None, body: bool) -> None:
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
         if fault is not None and fault.wrong_bytes:
@@ -158,6 +200,17 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(part[: fault.cut_after])
             self.close_connection = True
             return
+        if fault is not None and fault.stall_after is not None:
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(part)))
+            self.end_headers()
+            self.wfile.write(part[: fault.stall_after])
+            self.wfile.flush()
+            _pause(STALL_SECONDS)
+            self.close_connection = True
+            return
+        if start >= len(content):
+            return self._send(416, b"", {"Content-Range": f"bytes */{len(content)}"}, body)
         self._send(206 if start else 200, part, headers, body)
 
     def _send(self, status: int, content: bytes, headers: dict[str, str], body: bool) -> None:
