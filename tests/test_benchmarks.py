@@ -14,6 +14,7 @@ from benchmarks import (
     bench_jacobian,
     bench_layers,
     bench_mls,
+    bench_precision,
     goals,
     networks,
 )
@@ -98,6 +99,18 @@ def test_sharpness_benchmark_answers_both_questions_at_every_rho(checkpoint, mon
 
 
 @pytest.mark.ray
+def test_precision_benchmark_compares_with_float64_and_prints_a_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_precision, "DRAWS", 2)
+    rows = bench_precision.run(tmp_path, most=2)
+    half = tuple(key for key in rows[0] if key.endswith(("f16", "f16_image")))
+    check(rows, may_be_nan=half)
+    assert all(row["held"] for row in rows)
+    assert all(row["sigma"] < row["sigma_bf16"] for row in rows)
+    check_goals(goals.precision_goals(rows), 3)
+    lines = bench_precision.markdown(rows).splitlines()
+    assert len(lines) == 2 + len(rows) == 2 + bench_precision.table(rows).row_count
+
+
 def test_engine_benchmark_measures_both_executors(monkeypatch):
     rows = bench_engine.run(units=6, checkpoints=(1, 2))
     check(rows)

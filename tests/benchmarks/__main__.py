@@ -39,11 +39,12 @@ from . import (
     bench_jacobian,
     bench_layers,
     bench_mls,
+    bench_precision,
     goals,
     networks,
 )
 
-NAMES = ("mls", "jacobian", "layers", "adaptive_sharpness", "engine")
+NAMES = ("mls", "jacobian", "layers", "adaptive_sharpness", "engine", "precision")
 
 
 def main() -> None:
@@ -99,6 +100,12 @@ def _measure(
             goals.sharpness_goals,
         ),
         ("engine", bench_engine.run, bench_engine.table, goals.engine_goals),
+        (
+            "precision",
+            lambda: bench_precision.run(Path("runs")),
+            bench_precision.table,
+            goals.precision_goals,
+        ),
     ):
         if name in only:
             tables[name] = run()
@@ -153,6 +160,8 @@ def _markdown(report: dict[str, Any], found: list[goals.Goal]) -> str:
             f"| {goal.subject}: {goal.what} | {kind} {goal.bound:g}{goal.unit} | {goal.shown} "
             f"| {'yes' if goal.met else 'no'} | {goal.error} |"
         )
+    if "precision" in report:
+        lines += ["", bench_precision.markdown(report["precision"])]
     return "\n".join([*lines, "", _circumstances(report)])
 
 

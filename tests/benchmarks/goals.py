@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 Rows = list[dict[str, Any]]
 
 ONE_BY_ONE, BATCHED = "authors, one by one", "authors, batched"
@@ -132,6 +134,20 @@ def sharpness_goals(rows: Rows) -> list[Goal]:
                  f"standard error {error}, the same; ratio {_uncertainty(found)}", "×")
         )  # fmt: skip
     return goals
+
+
+def precision_goals(rows: Rows) -> list[Goal]:
+    """What float32 costs against float64."""
+    width = f"intervals ± {_range([row['width'] for row in rows])}"
+    spread = f"standard error {_range([row['sharpness_relative_stderr'] for row in rows], '.0%')}"
+    return [
+        Goal("precision", "float32: intervals that hold every σ₁ of float64, share of networks",
+             ">=", 1.0, (float(np.mean([row["held"] for row in rows])),), width),
+        Goal("precision", "float32: relative error of σ₁", "<=", 1e-3,
+             tuple(row["sigma"] for row in rows), width),
+        Goal("precision", "float32: relative error of adaptive sharpness, ρ = 0.1", "<=", 1e-2,
+             tuple(row["sharpness"] for row in rows), spread),
+    ]  # fmt: skip
 
 
 def engine_goals(rows: Rows) -> list[Goal]:
