@@ -10,6 +10,7 @@ import pytest
 from benchmarks import __main__ as program
 from benchmarks import (
     bench_adaptive_sharpness,
+    bench_cost,
     bench_engine,
     bench_jacobian,
     bench_layers,
@@ -153,3 +154,14 @@ def test_a_run_folder_gives_its_first_middle_and_last_checkpoint(tmp_path: Path)
         (tmp_path / f"checkpoints/{name}").mkdir(parents=True)
         (tmp_path / f"checkpoints/{name}/config.json").touch()
     assert [path.name for path in networks.checkpoints_of(tmp_path)] == ["a", "c", "e"]
+
+
+def test_cost_benchmark_predicts_each_architecture_from_the_others(monkeypatch):
+    monkeypatch.setattr(bench_cost, "REPEATS", 1)
+    monkeypatch.setitem(bench_cost.ARCHITECTURES, "vit_tiny_patch16_224", (32, True))
+    rows = bench_cost.run(["vit_tiny_patch16_224", "mobilevitv2_050"])
+    check(rows, may_be_nan=("memory_ratio",))
+    assert len(rows) == 4
+    assert all(row["ratio"] > 0 and row["seconds"] > 0 for row in rows)
+    check_goals(goals.cost_goals(rows), 1)
+    assert bench_cost.table(rows).row_count == len(rows)

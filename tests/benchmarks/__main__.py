@@ -35,6 +35,7 @@ from pipeline.versions import versions
 
 from . import (
     bench_adaptive_sharpness,
+    bench_cost,
     bench_engine,
     bench_jacobian,
     bench_layers,
@@ -100,6 +101,7 @@ def _measure(
             goals.sharpness_goals,
         ),
         ("engine", bench_engine.run, bench_engine.table, goals.engine_goals),
+        ("cost", bench_cost.run, bench_cost.table, goals.cost_goals),
         (
             "precision",
             lambda: bench_precision.run(Path("runs")),

@@ -6,13 +6,13 @@ of all architectures but one, as ``flatcensus plan`` fits them, and predict the 
 Processor time is compared, the least of some repetitions, because the machine may be shared.
 
 ``ratio`` is measured over predicted; ``nominal_ratio`` the same before any calibration;
-``memory_ratio`` measured over predicted peak memory, both without the process itself.
+``memory_ratio`` measured over predicted peak memory, both without the process itself, for
+the first unit of a process (a process's peak does not go down).
 """
 
 from __future__ import annotations
 
 import multiprocessing
-import statistics
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -98,15 +98,9 @@ def table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         shown.add_row(
             row["network"], row["family"], row["metric"], f"{row['seconds']:.2f}",
-            f"{row['ratio']:.2f}", f"{row['nominal_ratio']:.2f}", f"{row['memory_ratio']:.2f}",
+            f"{row['ratio']:.2f}", f"{row['nominal_ratio']:.2f}", f"{row['memory_ratio']:.2g}",
         )  # fmt: skip
     return shown
-
-
-def errors(rows: list[dict[str, Any]]) -> tuple[float, float]:
-    """Median and worst factor between measured and predicted, at least 1."""
-    factors = [max(row["ratio"], 1 / row["ratio"]) for row in rows]
-    return statistics.median(factors), max(factors)
 
 
 def _observed(unit: dict[str, Any]) -> Observation:
@@ -155,9 +149,11 @@ def _measured(name: str) -> list[dict[str, Any]]:
                     "seconds": (record.cpu_seconds or 0.0) - (record.load_seconds or 0.0),
                     "peak_bytes": record.peak_bytes, "resident_bytes": before,
                     "memory_ratio": ((record.peak_bytes or 0) - before) / predicted,
+                    "started_at": record.started_at,
                 }
             )  # fmt: skip
-    return sorted(found, key=lambda unit: unit["metric"], reverse=True)
+    first, *others = sorted(found, key=lambda unit: unit["started_at"])
+    return [first, *({**unit, "memory_ratio": float("nan")} for unit in others)]
 
 
 def _resident() -> int:

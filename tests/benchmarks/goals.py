@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -166,6 +167,17 @@ def engine_goals(rows: Rows) -> list[Goal]:
                  0.5, (many["switch"],), f"loading {many['loading']:.2f} s more", " s")
         )  # fmt: skip
     return goals
+
+
+def cost_goals(rows: Rows) -> list[Goal]:
+    """Predictions of units of networks that no rate was fitted to."""
+    factors = [max(row["ratio"], 1 / row["ratio"]) for row in rows]
+    networks = len({row["network"] for row in rows})
+    error = f"worst {max(factors):.2g}, {len(rows)} units of {networks} networks"
+    return [
+        Goal("cost", "time of units of unseen architectures, median factor off", "<=", 1.5,
+             (statistics.median(factors),), error, "×")
+    ]  # fmt: skip
 
 
 def _by(rows: Rows, key: str) -> list[Rows]:
