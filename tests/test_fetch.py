@@ -134,6 +134,6 @@ def test_several_failures_in_a_row_open_the_circuit_and_an_answer_closes_it() ->
         with pytest.raises(HubError, match="nobody"):
             circuit.call(silent, what="x")
     before = len(calls)
-    with pytest.raises(HubError, match="x: not tried, because .* did not answer"):
+    with pytest.raises(HubError, match=r"x: not tried, because .* did not answer"):
         circuit.call(silent, what="x")
     assert len(calls) == before
