@@ -108,7 +108,7 @@ def test_a_full_disk_stops_cleanly_and_keeps_what_is_complete(
     monkeypatch.setattr(hub_cache, "free_bytes", lambda: hub_cache.RESERVE_BYTES)
     answer = fetch(census, "--json")
     assert answer.code == 4
-    assert "needs 1" in answer.err
+    assert "MB and 268 MB in reserve" in answer.err
     assert "are missing, more than is free" not in answer.err
     found = states(answer)
     assert (found[NAMES[0]], found[NAMES[1]], found[NAMES[2]]) == ("cached", "to fetch", "to fetch")

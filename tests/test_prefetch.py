@@ -46,7 +46,7 @@ def test_each_node_fetches_so_many_per_slot_and_not_one_more() -> None:
     assert len(nodes.begun) == 3, "nothing twice"
     node = dict((name, node) for node, name in nodes.begun)["u"]
     assert "u" in plan.on(node)
-    plan.update("stvwxyz", ["u", "t"], nodes)  # a slot took u: room for one more, where u was
+    plan.update("tvwxyz", ["u", "t"], nodes)  # a slot took u: room for one more, where u was
     assert nodes.begun[3:] == [(node, "x")]
 
 
