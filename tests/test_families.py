@@ -115,9 +115,13 @@ def test_adaptive_sharpness_is_that_of_a_loop_over_moved_copies(member: Member):
                 parameter.mul_(1 + sign * RHO * z)
             changes.append(errors(moved) - base)
         expected = sum(changes) / (2 * RHO**2)
-        # Float32 logits of moved weights differ by rounding: 1e-5 of an error of order 1, / rho^2.
-        np.testing.assert_allclose(found[draw], expected, atol=1e-5 / RHO**2)
-        assert np.abs(expected).max() > 0.01
+        # Float32 logits of moved weights differ by rounding: 1e-5 of an error of order 1, / rho^2,
+        # and more where noise moves them far.
+        size = float(np.abs(expected).max())
+        np.testing.assert_allclose(
+            found[draw], expected, rtol=0, atol=max(1e-5 / RHO**2, 1e-4 * size)
+        )
+        assert size > 0.01
 
 
 @every_member
