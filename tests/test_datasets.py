@@ -355,3 +355,30 @@ def test_a_label_beyond_the_networks_outputs_is_named() -> None:
             transform=preprocessing(config()),
             num_outputs=9,
         )
+
+
+def batch_of(dataset: ImageDataset, num_outputs: int, **options: object):
+    return load_batch(
+        dataset, range(len(dataset)), order=np.arange(len(dataset)),
+        transform=preprocessing(config()), num_outputs=num_outputs, **options,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def test_targets_are_where_the_label_map_says() -> None:
+    images = np.zeros((3, 8, 8), np.uint8)
+    dataset = ImageDataset("x", None, images, np.array([1, 0, 1]), ("ant", "bee"))
+    assert batch_of(dataset, 9, label_map=(7, 4)).targets.argmax(1).tolist() == [4, 7, 4]
+    assert batch_of(dataset, 9).targets.argmax(1).tolist() == [1, 0, 1]
+    assert batch_of(dataset, 9, with_labels=False).targets.isnan().all()
+
+
+@pytest.mark.parametrize("label", [-1, 2])
+def test_labels_that_are_no_class_of_the_data_are_named(label: int) -> None:
+    """As in a test split without labels, where every label is -1."""
+    images = np.zeros((2, 8, 8), np.uint8)
+    dataset = ImageDataset("x", None, images, np.array([0, label]), ("ant", "bee"))
+    with pytest.raises(DatasetError, match=f"x has label {label}, but its classes are 0 to 1"):
+        batch_of(dataset, 9)
+    with pytest.raises(DatasetError, match=f"x has label {label}, but its classes are 0 to 1"):
+        batch_of(dataset, 9, label_map=(0, 1))
+    assert batch_of(dataset, 9, with_labels=False).targets.isnan().all()
