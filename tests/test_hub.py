@@ -306,6 +306,7 @@ def test_fashion_mnist_is_converted_to_what_the_reader_takes(hub: FakeHub, tmp_p
     folder = fetch_fashion_mnist(tmp_path / "data")
     for split, images in pixels.items():
         dataset = load_dataset("fashion-mnist", split=split, root=folder)
+        assert isinstance(dataset.images, np.ndarray)
         assert np.array_equal(dataset.images, images)
         assert dataset.labels.tolist() == list(range(len(images)))
     hub.requests.clear()
