@@ -10,7 +10,7 @@ from fake_hub import Fault
 from hub_world import NAMES, TOKEN, environment, served, write_census
 from processes import flatcensus
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 MISSING = "test_vit2.r160_in1k"
 
 
