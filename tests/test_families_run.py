@@ -15,7 +15,7 @@ from tasks.families import FAMILIES, MEMBERS
 from tasks.measurement import Status
 from tasks.registry import METRICS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # each is 21 families or more
 
 # One member a family is enough for what depends on the family; the others differ in traits alone.
 FIRST = {name: members[0] for name, members in FAMILIES.items()}

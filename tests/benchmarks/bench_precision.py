@@ -50,8 +50,9 @@ def run(runs: Path, *, most: int | None = None) -> list[dict[str, Any]]:
 
     Returns:
         One dictionary per network. Errors are relative and the largest over images, but for
-        ``volume`` (absolute, of the mean logarithm) and ``sharpness`` (of the mean over images and
-        draws, ``..._image`` the median over single ones). NaN where the CPU cannot.
+        ``volume`` (absolute, of the logarithm) and ``sharpness`` (of the mean over images and
+        draws, over the root mean square of the single values, because their mean may be near
+        zero; ``..._image`` the median over single ones). NaN where the CPU cannot.
     """
     found = _trained(runs)
     for name, members in FAMILIES.items():
@@ -140,12 +141,13 @@ def _measure(network: networks.Network) -> dict[str, Any]:
         "volume": float(np.abs(volumes[0] - volumes[1]).max()),
     }
     true = _rows(double, AdaptiveSharpness(), "adaptive_sharpness")
+    scale = float(np.sqrt(np.square(true).mean()))
     subjects = {"": single, **{f"_{n}": _short(single, d) for n, d in SHORT.items()}}
     for name, subject in subjects.items():
         values = _supported(lambda s=subject: _rows(s, AdaptiveSharpness(), "adaptive_sharpness"))
-        row[f"sharpness{name}"] = abs(float(values.mean() / true.mean() - 1))
+        row[f"sharpness{name}"] = abs(float(values.mean() - true.mean())) / scale
         row[f"sharpness{name}_image"] = float(np.median(np.abs(values - true) / np.abs(true)))
-    row["sharpness_relative_stderr"] = float(true.std() / len(true) ** 0.5 / abs(true.mean()))
+    row["sharpness_relative_stderr"] = float(true.std() / len(true) ** 0.5) / scale
     for name, dtype in {"": torch.float32, **{f"_{n}": d for n, d in SHORT.items()}}.items():
         short = copy.deepcopy(model).to(dtype)
         inputs = images.to(dtype)
