@@ -24,8 +24,9 @@ FROZEN = "resolved.json"
 
 def freeze(resolved: Resolved, manifest: Manifest, store: Store) -> None:
     """Keep the specs of a manifest in the run folder."""
-    refs = [spec.ref for spec in resolved.specs if spec.ref is not None]
-    assert not any(ref.identity.startswith(UNLOCKED) for ref in refs), "a plan's specs are no run's"
+    identities = [spec.data_identity for spec in resolved.specs]
+    identities += [spec.ref.identity for spec in resolved.specs if spec.ref is not None]
+    assert not any(i.startswith(UNLOCKED) for i in identities), "a plan's specs are no run's"
     known = {
         "manifest": _digest(manifest),
         "specs": [_spec_record(spec, manifest) for spec in resolved.specs],

@@ -71,12 +71,13 @@ def resolve(name: str, *, revision: str | None = None) -> HubFile:
     return _locate(repo_id, filenames, revision or pinned or None)
 
 
-def resolve_all(names: Sequence[tuple[str, str | None]]) -> list[HubFile | HubError]:
+def resolve_all(
+    names: Sequence[tuple[str, str | None]], circuit: Circuit
+) -> list[HubFile | HubError]:
     """Resolve many names at once, each with its revision; results in their order.
 
     When several in a row get no answer, the rest are not tried.
     """
-    circuit = Circuit()
 
     def one(item: tuple[str, str | None]) -> HubFile | HubError:
         name, revision = item

@@ -10,6 +10,7 @@ from pipeline.entries import DataSpec, Manifest, TimmEntry
 from pipeline.errors import DataError, HubError
 from pipeline.hub_file import HubFile
 from pipeline.lock import Lock, data_key, timm_key
+from pipeline.patience import Circuit
 from tasks.checkpoints import CheckpointError, describe_timm
 from tasks.images import TRAINING_SPLIT
 
@@ -33,7 +34,7 @@ class Images:
     files: tuple[HubFile, ...] | HubError | DataError
 
 
-def find_weights(manifest: Manifest, lock: Lock) -> list[Weights]:
+def find_weights(manifest: Manifest, lock: Lock, circuit: Circuit | None = None) -> list[Weights]:
     """The weights file of every timm name, in the manifest's order; locked ones ask nobody."""
     named = [(entry, *_full_name(name, entry)) for entry in manifest.timm for name in entry.names]
     asked = [
@@ -41,7 +42,7 @@ def find_weights(manifest: Manifest, lock: Lock) -> list[Weights]:
         for entry, name, key, error in named
         if error is None and key not in lock.files
     ]
-    answers = hub.resolve_all([(name, revision) for _, name, revision in asked])
+    answers = hub.resolve_all([(name, rev) for _, name, rev in asked], circuit or Circuit())
     found = {key: answer for (key, _, _), answer in zip(asked, answers, strict=True)}
     known = {key: files[0] for key, files in lock.files.items()}
     return [

@@ -50,10 +50,13 @@ T = TypeVar("T")
 
 
 class Circuit:
-    """Whether it makes sense to go on asking: closed until several calls in a row got no answer."""
+    """Whether it makes sense to go on asking: closed until several calls in a row got no answer.
 
-    def __init__(self) -> None:
-        self.failures = 0
+    ``broken``: nobody answered before, so that not one more call is tried.
+    """
+
+    def __init__(self, *, broken: bool = False) -> None:
+        self.failures = FAILURES_IN_A_ROW if broken else 0
 
     def call(self, ask: Callable[[], T], *, what: str) -> T:
         """Ask, unless nobody answers any more.

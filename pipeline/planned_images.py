@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from pipeline.entries import DataSpec, Manifest
-from pipeline.errors import DataError, ManifestError
-from pipeline.hub_file import HubFile
+from pipeline.errors import DataError, HubError, ManifestError
+from pipeline.hub_file import UNLOCKED, HubFile
 from pipeline.lock import Lock, data_key
 from tasks.checkpoints import CheckpointRef
 from tasks.class_labels import LabelError, label_map, network_classes
@@ -51,15 +52,43 @@ def open_dataset(
     )
 
 
+@dataclass(frozen=True)
+class UnknownImages:
+    """Images that a plan takes on trust: the hub could not be asked of them.
+
+    Attributes:
+        name: An identity that nothing can be stored under.
+        num_images: As many as are measured.
+        class_names: None are known.
+    """
+
+    name: str
+    num_images: int
+    class_names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def identity(self) -> str:
+        """The name."""
+        return self.name
+
+
+Images: TypeAlias = "ImageDataset | HubImages | UnknownImages"
+
+
 class PlannedImages:
-    """Loads each split once per resolution. ``files`` are those of the hub, by lock key."""
+    """Loads each split once per resolution. ``files`` are those of the hub, by lock key.
 
-    def __init__(self, lock: Lock) -> None:
-        self.lock = lock
+    ``tentative`` is for plans alone: images of which the hub could not be asked are unknown.
+    """
+
+    def __init__(self, lock: Lock, *, tentative: bool = False) -> None:
+        self.lock, self.tentative = lock, tentative
         self.files: dict[str, tuple[HubFile, ...]] = {}
-        self.known: dict[str, ImageDataset | HubImages] = {}
+        self.known: dict[str, Images] = {}
 
-    def get(self, data: DataSpec, split: str | None = None) -> ImageDataset | HubImages:
+    def get(self, data: DataSpec, split: str | None = None) -> Images:
         """One split of a data table: enough of it to know its identity, number and classes.
 
         Raises:
@@ -74,6 +103,10 @@ class PlannedImages:
                     open_dataset(data, split=split)
                 )  # fmt: skip
                 self.known[key].identity()  # of all bytes: a file may be missing or locked
+            except HubError as error:
+                if not (self.tentative and error.unasked):
+                    raise
+                self.known[key] = UnknownImages(f"{UNLOCKED}{data.repo}/{split}", data.samples)
             except (DatasetError, OSError) as error:
                 raise DataError(f"[data] name = {data.name!r}: {error}") from error
         return self.known[key]
@@ -99,8 +132,8 @@ class PlannedImages:
         return self.files.get(_key(data, split), ()) if data.name == "hub" else ()
 
     def training(
-        self, manifest: Manifest, images: ImageDataset | HubImages
-    ) -> ImageDataset | HubImages | None:
+        self, manifest: Manifest, images: Images
+    ) -> Images | None:
         """The training images beside those of the manifest, if one of its measurements takes them.
 
         Raises:
@@ -125,7 +158,7 @@ class PlannedImages:
 
 def outputs_of_classes(
     manifest: Manifest,
-    images: ImageDataset | HubImages,
+    images: Images,
     ref: CheckpointRef,
     *,
     num_outputs: int,
@@ -135,7 +168,7 @@ def outputs_of_classes(
     Raises:
         LabelError: If the network has other classes, and a measurement needs labels.
     """
-    if not reads_labels(manifest):
+    if not reads_labels(manifest) or isinstance(images, UnknownImages):
         return None
     try:
         found = label_map(
@@ -183,8 +216,8 @@ def _check_place(data: DataSpec, metric: str) -> None:
 
 
 def _check_training(
-    training: ImageDataset | HubImages,
-    images: ImageDataset | HubImages,
+    training: Images,
+    images: Images,
     data: DataSpec,
     metric: str,
 ) -> None:

@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.entries import Manifest, MeasurementEntry, TrainEntry
 from pipeline.errors import ManifestError
 from pipeline.hub_file import UNLOCKED, HubFile
 from pipeline.lock import Lock, known_lock
 from pipeline.planned_images import (
+    Images,
     PlannedImages,
+    UnknownImages,
     map_identity,
     outputs_of_classes,
     reads_labels,
@@ -35,12 +37,9 @@ from pipeline.specs import (
 from pipeline.store import Store
 from pipeline.versions import versions
 from tasks.checkpoints import CheckpointError, CheckpointRef, describe_local, describe_timm
-from tasks.datasets import TRAINING_SPLIT, DatasetError, ImageDataset, transform_identity
+from tasks.datasets import TRAINING_SPLIT, DatasetError, transform_identity
 from tasks.outline import Outline, outline, outline_architecture
 from tasks.training import network_for
-
-if TYPE_CHECKING:
-    from pipeline.hub_images import HubImages
 
 
 def resolve(manifest: Manifest, store: Store, *, tentative: bool = False) -> Resolved:
@@ -52,8 +51,8 @@ def resolve(manifest: Manifest, store: Store, *, tentative: bool = False) -> Res
     Args:
         manifest: What to audit.
         store: The run folder.
-        tentative: For plans alone: checkpoints of whose weights the hub could not be asked become
-            specs all the same, under an identity that nothing can be stored under.
+        tentative: For plans alone: checkpoints and images of which the hub could not be asked
+            become specs all the same, under identities that nothing can be stored under.
 
     Raises:
         DataError: The images cannot be had.
@@ -63,7 +62,7 @@ def resolve(manifest: Manifest, store: Store, *, tentative: bool = False) -> Res
         StoreError: A lock is damaged.
     """
     lock = known_lock(manifest.lock_path, store)
-    datasets = PlannedImages(lock)
+    datasets = PlannedImages(lock, tentative=tentative)
     specs: list[Spec] = []
     refs: list[tuple[CheckpointRef, str]] = []
     images = datasets.get(manifest.data) if manifest.measurements else None
@@ -90,7 +89,11 @@ def resolve(manifest: Manifest, store: Store, *, tentative: bool = False) -> Res
             refs.extend(_described(path, path.name, entry.family, unresolved))
     known = {model.name: model for entry in manifest.timm for model in entry.models}
     files: dict[str, tuple[HubFile, ...]] = {}
-    hub_refs = list(_timm_refs(manifest, lock, unresolved, files, tentative=tentative))
+    # A plan that got no answer about the images need not wait for one about each network too.
+    silent = isinstance(images, UnknownImages)
+    hub_refs = list(
+        _timm_refs(manifest, lock, unresolved, files, tentative=tentative, silent=silent)
+    )
     refs.extend((ref, ref.name) for ref in hub_refs)
     _check_names(manifest, hub_refs)
     if images is not None:
@@ -166,8 +169,8 @@ def _measure_spec(
     ref: CheckpointRef,
     name: str,
     entry: MeasurementEntry,
-    images: ImageDataset | HubImages,
-    training: ImageDataset | HubImages | None,
+    images: Images,
+    training: Images | None,
     network: Outline,
     transform: dict[str, Any],
     outputs: tuple[int, ...] | None,
@@ -215,13 +218,15 @@ def _timm_refs(
     files: dict[str, tuple[HubFile, ...]],
     *,
     tentative: bool,
+    silent: bool,
 ) -> Iterator[CheckpointRef]:
     """Hub checkpoints at the manifest's revision, else as locked, else as the hub has them now."""
     if not manifest.timm:
         return
     from pipeline import hub_names
+    from pipeline.patience import Circuit
 
-    for weights in hub_names.find_weights(manifest, lock):
+    for weights in hub_names.find_weights(manifest, lock, Circuit(broken=silent)):
         found, family = weights.file, weights.entry.family_of(weights.name)
         if isinstance(found, HubFile):
             files[weights.key] = (found,)

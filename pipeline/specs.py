@@ -92,6 +92,8 @@ class Spec:
         notes = [] if self.entry is None else [self.entry.measurement.note(self.network)]
         if self.ref is not None and self.ref.identity.startswith(UNLOCKED):
             notes.append("weights not locked: the hub could not be asked")
+        if self.data_identity.startswith(UNLOCKED):
+            notes.append("images unknown: the hub could not be asked")
         return "; ".join(note for note in notes if note)
 
     @property

@@ -6,12 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
-from pipeline.errors import ManifestError
+from pipeline.errors import HubError, ManifestError
 from pipeline.hub_file import HubFile
 from pipeline.lock import Lock, lock_path, timm_key, write_lock
 from pipeline.manifest import load_manifest
 from pipeline.resolve import resolve
+from pipeline.run import start_run
 from pipeline.store import open_store
 
 NAME = "test_vit.r160_in1k"
@@ -65,6 +67,25 @@ def test_a_network_that_timm_builds_otherwise_is_a_failure_by_name(
     (missing,) = resolved.unresolved
     assert missing.checkpoint == NAME
     assert re.search(found, missing.reason)
+
+
+def test_a_plan_takes_images_on_trust_that_the_hub_cannot_be_asked_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    path = write(tmp_path, f"{{ {KNOWN} }}, {{ name = \"levit_128s.fb_dist_in1k\" }}")
+    on_hub = 'name = "hub"\nrepo = "ILSVRC/imagenet-1k"\nsplit = "train"'
+    path.write_text(path.read_text().replace('name = "digits"', on_hub))
+    run = start_run(path, str(tmp_path / "run"))
+    plan = run.plan()
+    assert not plan.unresolved
+    notes = {item.spec.checkpoint: item.spec.note for item in plan.specs}
+    assert notes[NAME] == "images unknown: the hub could not be asked"
+    assert notes["levit_128s.fb_dist_in1k"].startswith("weights not locked")
+    assert sum(len(unit.block.samples) for unit in plan.units) == 8
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE is set"):
+        resolve(run.manifest, run.store)
 
 
 @pytest.mark.parametrize(
