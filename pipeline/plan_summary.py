@@ -129,7 +129,7 @@ def cost_lines(cost: CostSummary) -> list[str]:
     if (peak := cost.peak) is not None:
         lines.append(_peak_line(peak))
     if cost.download_bytes:
-        guess = f", {counted(cost.downloads_estimated, 'file')} estimated from its parameters"
+        guess = f", {counted(cost.downloads_estimated, 'file')} estimated from parameters"
         guess = guess if cost.downloads_estimated else ""
         lines.append(f"weights to have: {size(cost.download_bytes)}{guess}")
     return [*lines, *(f"not predicted: {reason}" for reason in cost.unpredictable)]

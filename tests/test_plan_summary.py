@@ -68,7 +68,7 @@ def test_totals_name_device_hours_memory_and_downloads(tmp_path: Path, images: P
     text = "\n".join(cost_lines(cost))
     for words in (
         "NVIDIA H100 SXM (data sheet; efficiency estimated, not measured)", "GPU-hours (",
-        "elapsed: about", "memory: ", "1 file estimated from its parameters",
+        "elapsed: about", "memory: ", "1 file estimated from parameters",
         "not predicted: adaptive_sharpness beyond its present look, on 2 checkpoints",
         "not predicted: how fast your machines are",
     ):  # fmt: skip
