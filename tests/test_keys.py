@@ -291,9 +291,13 @@ def test_every_setting_of_a_training_is_in_its_key(name: str):
 
 
 def test_no_setting_of_a_training_is_forgotten():
-    of_others = {"heads", "patch_size", "mlp_ratio", "dropout"}  # of the vision transformer
-    assert set(TrainSettings.model_fields) == set(TRAINING) | of_others
+    of_vit = {"heads", "patch_size", "mlp_ratio", "dropout"}
+    of_timm = {"architecture", "img_size", "model_args"}
+    assert set(TrainSettings.model_fields) == set(TRAINING) | of_vit | of_timm
     assert len({training_key(network='"vit"', patch_size=p) for p in ("2", "4")}) == 2
+    plain = {"network": '"timm"', "architecture": '"levit_128s"'}
+    changes = [{}, {"architecture": '"levit_128"'}, {"img_size": "64"}, {"model_args": "{depth=[1,2,3]}"}]
+    assert len({training_key(**plain | {"img_size": "32"} | c) for c in changes}) == 4
 
 
 def test_a_trained_checkpoints_name_and_family_are_in_no_key():
