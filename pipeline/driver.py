@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from pipeline.entries import Manifest
-from pipeline.errors import StoreError
+from pipeline.errors import HubError, StoreError
 from pipeline.executor import Executor, Finished
 from pipeline.frozen import freeze
 from pipeline.outcome import HINTS, FailureClass, Outcome
@@ -31,6 +31,7 @@ from tasks.block import Block
 
 REST_SECONDS = (1.0, 60.0)  # a lost slot's first and longest pause: its node may be gone for good
 MAX_LOST_SLOTS = 20  # losses of a slot or node that one unit survives: not its fault, so generous
+MAX_SILENCES = 3  # units in a row that the hub did not answer, before the launch stops: chosen
 BACKOFF_SECONDS = (1.0, 5.0, 20.0)  # before the 2nd, 3rd, ... attempt of a transient failure
 
 
@@ -73,7 +74,8 @@ def launch(
 
     Plans in rounds, because later work depends on earlier results: measurements on trained
     checkpoints, further draws on the error bars of the first. Raises StoreError when nothing can be
-    written any more; everything committed until then stands.
+    written any more, and HubError when the hub has ceased to answer; everything committed until
+    then stands.
 
     Args:
         manifest: What to audit.
@@ -150,6 +152,7 @@ class _Round:
         self.losses: Counter[int] = Counter()  # of each slot, since it last gave an outcome
         self.rests_until: dict[int, float] = {}
         self.lost: Counter[tuple[str, Block]] = Counter()
+        self.silences = 0  # of the hub, since a unit was committed
 
     def run(self, units: list[Task]) -> None:
         for unit in units:
@@ -194,6 +197,7 @@ class _Round:
             note = self._lost(task)
         elif outcome.status != "failed":
             self.result.committed += 1
+            self.silences = 0
             if outcome.nondeterminism:
                 self.result.nondeterminism.append(outcome.nondeterminism)
         else:
@@ -228,6 +232,10 @@ class _Round:
         if kind == "store":
             full = "No space left" in failure.message or "disk" in failure.message.lower()
             raise StoreError(failure.message, disk_full=full)
+        if kind == "unreachable":
+            self.silences += 1
+            if self.silences >= MAX_SILENCES:  # each has waited: the rest would only wait too
+                raise HubError(failure.message, unasked=True)
         halves = task.halves() if kind == "crash" and task.attempt == 2 else []
         if halves:  # what kills its process shall cost half a unit, not all of it
             for half in halves:
@@ -243,7 +251,7 @@ class _Round:
                 return self._give_up(task, failure)
             self.queue.add(task.again(batch_size=max(1, task.batch_size // 2)))
             return f"out of memory; again with batch size {max(1, task.batch_size // 2)}"
-        if kind == "transient":
+        if kind in ("transient", "unreachable"):
             wait = BACKOFF_SECONDS[min(task.attempt, len(BACKOFF_SECONDS)) - 1]
             self.delayed.append((time.monotonic() + wait, task.again()))
             return f"{failure.type}; again in {wait:g} s"

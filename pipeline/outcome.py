@@ -8,8 +8,11 @@ from typing import Literal
 from pipeline.schema import Failure
 
 # permanent: this unit can never succeed · memory: try a smaller batch · transient: try later ·
-# store: nothing can be written, stop the launch · crash, hang: the process died or went silent
-FailureClass = Literal["permanent", "memory", "transient", "store", "crash", "hang", "unexpected"]
+# unreachable: the hub did not answer after tries of its own · store: nothing can be written, stop
+# the launch · crash, hang: the process died or went silent
+FailureClass = Literal[
+    "permanent", "memory", "transient", "unreachable", "store", "crash", "hang", "unexpected"
+]
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ HINTS: dict[FailureClass, str] = {
     "permanent": "Mend the checkpoint or the data named above, then: flatcensus resume RUN",
     "memory": "Lower resources.batch_size or give a slot more memory, then: flatcensus resume RUN",
     "transient": "The network or hub failed repeatedly; when it answers: flatcensus resume RUN",
+    "unreachable": "The hub does not answer; when it does: flatcensus resume RUN",
     "store": "Free space or restore access to the run folder, then: flatcensus resume RUN",
     "crash": "The process died without an exception (out of memory or a crash in native code); "
     "see the system log, lower resources.batch_size, then: flatcensus resume RUN",

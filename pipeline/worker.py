@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import constants
 
 from pipeline.errors import HubError, StoreError
 from pipeline.hub_file import identified
@@ -138,8 +139,11 @@ def run_unit(task: Task, bench: Workbench) -> Outcome:
         if store.put_new(key, encode_shard(rows, record, _constants(task))):
             return Outcome("committed", seconds)
         return Outcome("duplicate", seconds, nondeterminism=_compare(store, key, rows))
-    except (CheckpointError, DatasetError, MeasurementError, HubError) as error:
-        return _failed(error, "permanent", clock)  # hub.py has retried what may pass
+    except HubError as error:  # after retries of its own; offline, another try cannot help
+        waited = error.unasked and not constants.HF_HUB_OFFLINE
+        return _failed(error, "unreachable" if waited else "permanent", clock)
+    except (CheckpointError, DatasetError, MeasurementError) as error:
+        return _failed(error, "permanent", clock)
     except (torch.OutOfMemoryError, MemoryError) as error:
         return _failed(error, "memory", clock)
     except (ConnectionError, TimeoutError) as error:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from populations import Quiet, save_mlp, write_manifest
 
-from pipeline.driver import MAX_LOST_SLOTS, Launch, _Round, launch
-from pipeline.errors import StoreError
+from pipeline.driver import MAX_LOST_SLOTS, MAX_SILENCES, Launch, _Round, launch
+from pipeline.errors import HubError, StoreError
 from pipeline.executor import Finished
 from pipeline.hub_file import HubFile
 from pipeline.outcome import HINTS, Outcome
@@ -18,7 +18,7 @@ from pipeline.plan import make_plan
 from pipeline.prefetch import Ahead
 from pipeline.run import Run, start_run
 from pipeline.schema import Failure
-from pipeline.shards import read_shards
+from pipeline.shards import list_shards, read_shards
 from pipeline.specs import Task
 from pipeline.worker import Workbench, run_unit, write_failure
 
@@ -235,6 +235,43 @@ def test_a_store_that_cannot_be_written_stops_the_launch_with_exit_code_4(run: R
         go(run, lambda task: failed("store", "No space left on device"))
     assert caught.value.disk_full
     assert caught.value.exit_code == 4
+
+
+def test_a_hub_that_does_not_answer_three_units_in_a_row_stops_the_launch(run: Run):
+    with pytest.raises(HubError) as caught:
+        go(run, lambda task: failed("unreachable", "cannot reach the hub"))
+    assert (caught.value.exit_code, caught.value.unasked) == (4, True)
+    assert not list_shards(run.store), "no failure rows: the same command continues"
+
+
+@pytest.mark.parametrize(
+    ("unasked", "offline", "expected"),
+    [(True, False, "unreachable"), (True, True, "permanent"), (False, False, "permanent")],
+)
+def test_only_a_hub_that_did_not_answer_is_unreachable(
+    unasked: bool, offline: bool, expected: str, run: Run, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(task: Task):
+        raise HubError("no", unasked=unasked)
+
+    monkeypatch.setattr("pipeline.worker._with_weights", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    (unit, *_) = make_plan(run.manifest, run.store).units
+    assert run_unit(unit, Workbench()).failure_class == expected
+
+
+def test_a_hub_that_is_silent_now_and_then_costs_another_attempt(run: Run):
+    silent: list[Task] = []
+
+    def script(task: Task):
+        if len(silent) < MAX_SILENCES - 1:
+            silent.append(task)
+            return failed("unreachable")
+        return None
+
+    result, _, _ = go(run, script)
+    assert result.retried == len(silent) == MAX_SILENCES - 1
+    assert result.failed == 0
 
 
 def test_unknown_errors_get_a_second_attempt_on_gpus_only(run: Run):

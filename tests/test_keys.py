@@ -296,7 +296,9 @@ def test_no_setting_of_a_training_is_forgotten():
     assert set(TrainSettings.model_fields) == set(TRAINING) | of_vit | of_timm
     assert len({training_key(network='"vit"', patch_size=p) for p in ("2", "4")}) == 2
     plain = {"network": '"timm"', "architecture": '"levit_128s"'}
-    changes = [{}, {"architecture": '"levit_128"'}, {"img_size": "64"}, {"model_args": "{depth=[1,2,3]}"}]
+    changes = [
+        {}, {"architecture": '"levit_128"'}, {"img_size": "64"}, {"model_args": "{depth=[1,2,3]}"},
+    ]  # fmt: skip
     assert len({training_key(**plain | {"img_size": "32"} | c) for c in changes}) == 4
 
 
