@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
 from safetensors.torch import save
 from torch import nn
 
@@ -83,6 +84,10 @@ def read_config(path: Path) -> dict[str, Any]:
     if "num_classes" in config:
         pretrained_cfg["num_classes"] = config["num_classes"]
     model_args = dict(config.get("model_args") or {})
+    default = timm.get_pretrained_cfg(config["architecture"], allow_unregistered=True)
+    if default is not None and not default.fixed_input_size:
+        # timm would hand an img_size to a constructor that may have none.
+        pretrained_cfg["fixed_input_size"] = False
     return config | {"pretrained_cfg": pretrained_cfg, "model_args": model_args}
 
 
