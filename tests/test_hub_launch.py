@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 from fake_hub import Fault
-from hub_world import NAMES, TOKEN, environment, served, write_census
+from hub_world import NAMES, TOKEN, WEIGHTS, environment, served, write_census
 from processes import flatcensus
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -54,6 +57,26 @@ def test_lock_fetch_launch_status(tmp_path: Path, on: str) -> None:
             tmp_path / "census.lock.json"
         ).read_bytes()
     assert no_token_below(tmp_path)
+
+
+@pytest.mark.ray
+def test_a_node_of_ray_fetches_ahead_while_its_slot_computes(tmp_path: Path) -> None:
+    two_units = 'max_slots = 1\n[[measurements]]\nmetric = "accuracy"'
+    census = write_census(tmp_path / "census.toml", *NAMES, resources=two_units)
+    with served(*NAMES) as hub:
+        done = run(tmp_path, environment(hub, tmp_path), "launch", census.name)
+        assert done.returncode == 0, done.stderr
+        assert "6 units committed, 0 failed" in done.stderr
+        assert hub.bodies(WEIGHTS) == len(NAMES), "each file once"
+        begun = sorted(moment for moment, _ in hub.begun)
+    units = run(tmp_path, dict(os.environ), "query", "runs/census", "units", "--json")
+    ended = sorted(
+        datetime.fromisoformat(json.loads(line)["finished_at"]).timestamp()
+        for line in units.stdout.splitlines()
+    )
+    # A slot that fetched for itself would begin with the second when the first is measured.
+    assert begun[1] < ended[1]
+    assert begun[2] < ended[3]
 
 
 def test_the_token_is_nowhere_even_when_the_hub_refuses(tmp_path: Path) -> None:
