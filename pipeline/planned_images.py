@@ -131,9 +131,7 @@ class PlannedImages:
         """The hub's files of a split that ``get`` has looked at; none for other data."""
         return self.files.get(_key(data, split), ()) if data.name == "hub" else ()
 
-    def training(
-        self, manifest: Manifest, images: Images
-    ) -> Images | None:
+    def training(self, manifest: Manifest, images: Images) -> Images | None:
         """The training images beside those of the manifest, if one of its measurements takes them.
 
         Raises:

@@ -194,7 +194,9 @@ def _moved(x: torch.Tensor, shift: float, key: str) -> torch.Tensor:
 
 
 def _vector_layers(model: nn.Module, image: torch.Tensor) -> tuple[str, ...]:
-    """Linear layers that are called once, on one vector for the one image, in the order of calls.
+    """Linear layers that are called once, on one vector per image, in the order of calls.
+
+    The image is given twice: what is one vector for both (a table of positions) depends on neither.
 
     A module that stands in the network under two names is called twice if both are used.
     """
@@ -206,11 +208,13 @@ def _vector_layers(model: nn.Module, image: torch.Tensor) -> tuple[str, ...]:
 
     linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     with torch.no_grad(), _inputs(model, tuple(linear), note):
-        forward(model, image.clone())
+        forward(model, torch.cat([image, image]))
     return tuple(
         name
         for name, shapes in sizes.items()
-        if len(shapes) == 1 and shapes[0][0] == 1 and shapes[0].numel() == linear[name].in_features
+        if len(shapes) == 1
+        and shapes[0][0] == 2
+        and shapes[0].numel() == 2 * linear[name].in_features
     )
 
 

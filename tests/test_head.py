@@ -213,6 +213,23 @@ def test_an_image_whose_features_are_all_zero_does_not_hide_the_head(dtype):
     assert not head_features(model, head, x)[1].any()
 
 
+def test_a_layer_that_reads_one_vector_for_all_images_is_no_candidate():
+    """MaxViT's table of relative positions, in windows of one pixel."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Linear(2, 64), nn.Linear(64, 10)
+            self.place = torch.zeros(1, 1, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head((x.flatten(1) + self.table(self.place)[0]).tanh())
+
+    head = find_head(Positions().requires_grad_(False), images().float())
+    assert head is not None
+    assert head.names == ("head",)
+
+
 class _Times(nn.Module):
     def __init__(self, factor: float) -> None:
         super().__init__()

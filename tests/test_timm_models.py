@@ -74,7 +74,7 @@ def test_a_plan_takes_images_on_trust_that_the_hub_cannot_be_asked_of(
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    path = write(tmp_path, f"{{ {KNOWN} }}, {{ name = \"levit_128s.fb_dist_in1k\" }}")
+    path = write(tmp_path, f'{{ {KNOWN} }}, {{ name = "levit_128s.fb_dist_in1k" }}')
     on_hub = 'name = "hub"\nrepo = "ILSVRC/imagenet-1k"\nsplit = "train"'
     path.write_text(path.read_text().replace('name = "digits"', on_hub))
     run = start_run(path, str(tmp_path / "run"))
