@@ -179,7 +179,7 @@ def _unknown_series(summary: pd.DataFrame, pair: CorrelationPair) -> str:
 
 
 def _left_out(members: pd.DataFrame, pair: CorrelationPair) -> str:
-    count = int(members["imprecise"].sum())
+    count = int(members["imprecise"].to_numpy().sum())
     if not count:
         return ""
     return f"{count} missing for a relative standard error above {pair.max_relative_stderr:g}"
