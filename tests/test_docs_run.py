@@ -12,6 +12,7 @@ import pytest
 import typer.main
 from commands import call
 from documents import README, blocks, quoted, section, tables
+from hub_world import NAMES, point, served, write_census
 from populations import Quiet, save_mlp, write_manifest
 
 from pipeline.cli import app
@@ -41,6 +42,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             folder / f"{name}.toml", checkpoints="mlps/*", samples=16, measurements=measured,
             extra=pair,
         )  # fmt: skip
+    write_census(folder / "census.toml", *NAMES[:2])
     (folder / "manifests").mkdir()
     text = (folder / "fashion-vits.toml").read_text().replace("mlps/*", "../mlps/*")
     (folder / "manifests/fashion-vits.toml").write_text(text)
@@ -97,7 +99,9 @@ def test_commands_run_and_print_what_is_shown(
     line: str, output: list[str], place: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(place)
-    answer = call(*shlex.split(line)[1:])
+    with served(*NAMES[:2]) as hub:
+        point(hub, monkeypatch, place)
+        answer = call(*shlex.split(line)[1:])
     assert answer.code == 0, answer.err
     if output:
         printed = {form(text) for text in (answer.out + answer.err).splitlines()}

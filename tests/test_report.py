@@ -9,7 +9,7 @@ import pytest
 from summaries import X, Y, census, line
 
 from pipeline.correlate import CorrelationPair, correlation_table
-from pipeline.figures import scatter
+from pipeline.figures import MAX_LEGEND, scatter
 from pipeline.plot import scatter_plot
 from pipeline.report import write_report
 from pipeline.twins import compare_twins
@@ -216,7 +216,7 @@ def test_checkpoints_without_a_family_are_one_unnamed_group():
 def test_three_hundred_families_fold_in_the_legend_and_none_is_lost():
     summary = census(300, families=[f"f{i:03d}" for i in range(400)], failed=0)
     plot = scatter_plot(summary, PAIR)
-    assert len(plot.legend) == 16
+    assert len(plot.legend) == MAX_LEGEND
     counts = [int(entry.text.rpartition("(")[2][:-1]) for entry in plot.legend]
     assert sum(counts) == len(plot.points) == 300
     assert {p.family for p in plot.points} == {entry.family for entry in plot.legend}
