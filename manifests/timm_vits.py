@@ -59,6 +59,8 @@ samples = 100
 [resources]
 num_gpus = 1
 num_cpus = 4
+batch_size = 16
+device = "h100"                  # for the plan's predictions; nothing else depends on it
 
 [[measurements]]
 metric = "normalized_mls"

@@ -45,7 +45,7 @@ from . import (
     networks,
 )
 
-NAMES = ("mls", "jacobian", "layers", "adaptive_sharpness", "engine", "precision")
+NAMES = ("mls", "jacobian", "layers", "adaptive_sharpness", "engine", "cost", "precision")
 
 
 def main() -> None:
