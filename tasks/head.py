@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tasks.autograd_graph import nodes
 from tasks.jacobian import forward
 from tasks.measurement import MeasurementError, Subject
 from tasks.random import generator
@@ -268,15 +269,4 @@ def _weight(
 
 def _leaves(result: torch.Tensor) -> set[torch.Tensor]:
     """Leaf tensors that autograd would send a gradient to."""
-    found: set[torch.Tensor] = set()
-    seen: set[Any] = set()
-    stack: list[Any] = [result.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if type(node).__name__ == "AccumulateGrad":
-            found.add(node.variable)
-        stack.extend(parent for parent, _ in node.next_functions)
-    return found
+    return {n.variable for n in nodes(result) if type(n).__name__ == "AccumulateGrad"}

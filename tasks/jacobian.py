@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tasks.autograd_graph import nodes
 from tasks.measurement import MeasurementError, Output
 from tasks.precision import KeepFloat64
 
@@ -212,17 +213,11 @@ def slope(logits: torch.Tensor, output: Output) -> torch.Tensor:
 
 def custom_functions(logits: torch.Tensor) -> str:
     """Name the hand-written autograd functions in a graph: the usual origin of wrong gradients."""
-    names: set[str] = set()
-    seen: set[object] = set()
-    stack = [logits.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            names.add(type(node).__name__.removesuffix("Backward"))
-        stack.extend(parent for parent, _ in node.next_functions)
+    names = {
+        type(node).__name__.removesuffix("Backward")
+        for node in nodes(logits)
+        if isinstance(node, torch.autograd.function.BackwardCFunction)
+    }
     if not names:
         return "The graph holds no hand-written autograd function."
     return f"Hand-written autograd functions in the graph: {', '.join(sorted(names))}."

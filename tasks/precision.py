@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from tasks.autograd_graph import nodes
+
 _CASTS = frozenset(
     (
         torch.Tensor.float,
@@ -55,13 +57,6 @@ def shortest_dtype(logits: torch.Tensor) -> torch.dtype:
             in the graph and does not count.
     """
     found = {logits.dtype}
-    seen: set[object] = set()
-    stack = [logits.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in nodes(logits):
         found.update(part.dtype for part in node._input_metadata)
-        stack.extend(parent for parent, _ in node.next_functions)
     return max((d for d in found if d.is_floating_point), key=lambda dtype: torch.finfo(dtype).eps)

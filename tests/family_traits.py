@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tasks.autograd_graph import nodes
 from tasks.jacobian import forward
 from tasks.layers import find_layers
 from tasks.plain_layers import is_plain
@@ -26,14 +27,15 @@ def found_traits(fresh: nn.Module, image: torch.Tensor) -> set[str]:
     prepared = prepare(copy.deepcopy(fresh)).double()
     leaf = image.double().requires_grad_()
     with _InPlace() as in_place:
-        nodes = set(_nodes(forward(prepared, leaf.clone())))
+        logits = forward(prepared, leaf.clone())
+    names = {node.name() for node in nodes(logits)}
     moving = copy.deepcopy(prepared).requires_grad_()
     found = {
         "fused_attention": any(getattr(m, "fused_attn", False) for m in modules),
         "cached_biases": any(hasattr(m, "attention_bias_cache") for m in modules),
         "batch_norm": any(isinstance(m, _BatchNorm) for m in modules),
         "in_place": bool(in_place.operations),
-        "kinks": any(kink in node for kink in _KINKS for node in nodes),
+        "kinks": any(kink in name for kink in _KINKS for name in names),
         "casts": shortest_dtype(moving(leaf.clone())) == torch.float32,
         "constant_inputs": bool(find_layers(prepared, image.double())[1]),
         "standardised_weights": any(
@@ -65,14 +67,3 @@ class _InPlace(TorchDispatchMode):
         ):
             self.operations.add(str(func))
         return func(*args, **(kwargs or {}))
-
-
-def _nodes(logits: torch.Tensor) -> Iterator[str]:
-    seen: set[object] = set()
-    stack = [logits.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield node.name()
-            stack.extend(parent for parent, _ in node.next_functions)

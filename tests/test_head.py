@@ -204,7 +204,7 @@ def test_heads_are_found_however_they_are_called(name, count):
 def test_an_image_whose_features_are_all_zero_does_not_hide_the_head(dtype):
     torch.manual_seed(0)
     hidden, last = nn.Linear(64, 6, bias=False), nn.Linear(6, 4, bias=False)
-    model = nn.Sequential(nn.Flatten(), hidden, nn.ReLU(), last, _Times(0.7)).to(dtype)
+    model = nn.Sequential(nn.Flatten(), hidden, nn.ReLU(), last, oracles.Times(0.7)).to(dtype)
     x = images(2).to(dtype)
     hidden.weight.data[:] = hidden.weight.abs() * x[0].sign().flatten()
     x[1] = -x[0]  # dead by construction: every hidden unit is negative
@@ -228,15 +228,6 @@ def test_a_layer_that_reads_one_vector_for_all_images_is_no_candidate():
     head = find_head(Positions().requires_grad_(False), images().float())
     assert head is not None
     assert head.names == ("head",)
-
-
-class _Times(nn.Module):
-    def __init__(self, factor: float) -> None:
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.factor * x
 
 
 def test_networks_without_a_linear_layer_have_no_head_and_unit_vectors_as_basis():

@@ -232,7 +232,7 @@ def test_scaling_the_output_scales_by_the_square(seed, c):
     scaled[5].weight.data *= c
     after, _ = measured(scaled, images(), "half_squared_error", "identity")
     assert after == pytest.approx(c**2 * before, rel=TOLERANCE)
-    outside = nn.Sequential(*model, _Times(c))
+    outside = nn.Sequential(*model, oracles.Times(c))
     after, _ = measured(outside, images(), "half_squared_error", "identity")
     assert after == pytest.approx(c**2 * before, rel=TOLERANCE)
 
@@ -305,12 +305,3 @@ def test_an_overflow_is_a_row_with_its_status_and_not_an_error():
     (row,) = RelativeFlatness().measure(subject, Block(range(1)))
     assert math.isnan(row.value)
     assert row.status == Status.NOT_FINITE
-
-
-class _Times(nn.Module):
-    def __init__(self, factor: float) -> None:
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.factor * x
