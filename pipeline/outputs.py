@@ -21,14 +21,20 @@ from pipeline.versions import versions
 
 
 def write_outputs(run: Run, plan: Plan, tables: Tables) -> list[Path]:
-    """Draw the figures and write the report. Returns the report first, then the figures."""
+    """Draw the figures, remove those of pairs that are no more, and write the report.
+
+    Returns:
+        The report first, then the figures.
+    """
     figures: list[Path] = []
+    folder = run.store.path("figures")
+    folder.mkdir(parents=True, exist_ok=True)
     for pair in run.manifest.correlations:
-        stem = run.store.path(f"figures/{_named(pair)}")
-        stem.parent.mkdir(parents=True, exist_ok=True)
+        stem = folder / _named(pair)
         figures += scatter(tables.summary, pair, tables.correlations, stem, pdf=True)
-    stem = run.store.path("figures/pair_plot")
-    stem.parent.mkdir(parents=True, exist_ok=True)
+    for path in set(folder.glob("*_against_*")) - set(figures):
+        path.unlink()  # of a pair that left the manifest: nothing would say how old it is
+    stem = folder / "pair_plot"
     if run.manifest.pair_plot:
         figures += pair_plot(tables.summary, run.manifest.pair_plot, tables.matrix, stem, pdf=True)
     figures += bounds_figure(tables.bounds, stem.with_name("bounds"), pdf=True)

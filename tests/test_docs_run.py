@@ -195,6 +195,24 @@ def test_tables_have_the_documented_types_whatever_they_hold(eventful: Path, pla
     assert pq.read_table(place / "runs/demo/tables/failures.parquet").num_rows == 0
 
 
+def test_figures_of_pairs_that_left_the_manifest_go(tmp_path: Path):
+    save_mlp(tmp_path / "mlps/mlp0")
+    pairs = [
+        f'[[correlations]]\nx = "normalized_mls"\ny = "mls"\ntransform_y = "{scale}"\n'
+        for scale in ("log", "sqrt")
+    ]
+    figures = tmp_path / "run/figures"
+    for kept in (pairs, pairs[:1]):
+        manifest = write_manifest(
+            tmp_path / "m.toml", checkpoints="mlps/*", samples=2, extra="".join(kept),
+            measurements='[[measurements]]\nmetric = "normalized_mls"\n',
+        )  # fmt: skip
+        launch(manifest, tmp_path / "run")
+        (figures / "mine.png").write_bytes(b"")
+        assert len(list(figures.glob("*_against_*.png"))) == len(kept)
+    assert (figures / "mine.png").exists()
+
+
 def test_plan_names_the_field_that_makes_results_stale(place: Path, monkeypatch):
     monkeypatch.chdir(place)
     changed = (place / "demo.toml").read_text().replace("max_draws = 4", "max_draws = 4\nrho = 0.2")
