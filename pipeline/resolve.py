@@ -191,6 +191,9 @@ def _measure_spec(
         fields["training_data"] = training.identity()
     if entry.measurement.needs_labels and outputs is not None:
         fields["label_map"] = map_identity(outputs)
+    if ref.source == "timm" and f"/{ref.architecture}." not in ref.identity:
+        # One file can serve two of timm's architectures: those of CLIP differ in the activation.
+        fields["architecture"] = ref.architecture
     return Spec(
         key=spec_key(fields), kind="measure", checkpoint=name, family=ref.family, tag=ref.tag,
         metric=entry.metric, label=entry.label, fields=fields, ref=ref, entry=entry, train=None,

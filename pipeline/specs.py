@@ -102,7 +102,7 @@ class Spec:
         if self.ref is None:
             return self.key
         images = f"{self.data_identity}|{self.training_identity or ''}"
-        return f"{self.ref.identity}|{images}|{self.fields['dtype']}"
+        return f"{self.ref.identity}|{self.ref.architecture}|{images}|{self.fields['dtype']}"
 
 
 @dataclass(frozen=True)

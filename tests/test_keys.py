@@ -354,3 +354,22 @@ def test_a_revision_in_the_manifest_goes_before_the_lock(tmp_path: Path, hub: di
     pinned = hub_commits(store, f'revision = "{"3" * 40}"\n')
     assert pinned != first
     assert "3" * 40 in pinned.pop()
+
+
+def test_two_architectures_of_one_weights_file_have_keys_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """timm's CLIP networks: the same weights, with GELU or with its approximation."""
+    names = ["vit_base_patch32_clip_224.openai", "vit_base_patch32_clip_quickgelu_224.openai"]
+    file = HubFile(f"timm/{names[0]}", "1" * 40, "open_clip_model.safetensors", None, None)
+    monkeypatch.setattr("pipeline.hub.resolve", lambda name, *, revision=None: file)
+    text = (
+        'name = "h"\n[data]\nname = "digits"\n[[checkpoints]]\nsource = "timm"\n'
+        f'names = {names}\n[[measurements]]\nmetric = "normalized_mls"\n'
+    )
+    store = open_store(tmp_path / "run")
+    specs = resolve(parse_manifest(text, where="m.toml", root=Path("/nowhere")), store).specs
+    assert len({spec.fields["checkpoint"] for spec in specs}) == 1
+    assert len({spec.key for spec in specs}) == 2
+    assert len({spec.subject for spec in specs}) == 2, "a worker must not keep the other's network"
+    assert "architecture" not in specs[0].fields, "the repository's name says it: keys stay"
