@@ -10,6 +10,7 @@ either.
 from __future__ import annotations
 
 import errno
+import json
 import random
 import re
 import time
@@ -23,6 +24,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -94,6 +96,15 @@ def patiently(call: Callable[[], T], *, what: str, host: str | None = None) -> T
     for attempt in range(1, TRIES + 1):
         try:
             return call()
+        except HFValidationError:
+            raise HubError(
+                f"{what}: expected a repository's name, as owner/name. Correct it."
+            ) from None
+        except json.JSONDecodeError:  # a proxy's page of its own, for one
+            raise HubError(
+                f"{what}: {host or constants.ENDPOINT} answered with something else than the "
+                "hub's records. Check HF_ENDPOINT, proxies and whether the network wants a login."
+            ) from None
         # RuntimeError: how the Xet client reports a failed transfer.
         except (*_HTTP_ERRORS, EntryNotFoundError, OSError, RuntimeError) as error:
             cause = _cause(error)
@@ -176,6 +187,8 @@ def _announced(headers: Mapping[str, str]) -> float | None:
         moment = parsedate_to_datetime(value)
     except ValueError:
         return None
+    if moment.tzinfo is None:  # HTTP dates are UTC, also where a server forgets to say so
+        moment = moment.replace(tzinfo=UTC)
     return max(0.0, (moment - datetime.now(UTC)).total_seconds())
 
 

@@ -18,8 +18,10 @@ from processes import wait_for
 
 from pipeline import hub_cache, patience
 from pipeline.download import download
-from pipeline.errors import StoreError
+from pipeline.entries import DataSpec
+from pipeline.errors import HubError, StoreError
 from pipeline.hub import resolve
+from pipeline.hub_data import files
 
 NAME = NAMES[0]
 DOWNLOAD = (
@@ -143,3 +145,21 @@ def test_a_disk_that_is_really_full(
         assert not list(small.rglob("*.incomplete")), "nothing half-written stays"
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+@pytest.mark.parametrize("repo", ["one/two/three", "a space/b", "a--b"])
+def test_a_name_that_no_repository_can_have_is_an_error_of_the_hub(repo: str) -> None:
+    with pytest.raises(HubError, match="owner/name"):
+        files(DataSpec(name="hub", repo=repo))
+
+
+def test_an_answer_that_is_no_record_is_an_error_of_the_hub(hub: FakeHub) -> None:
+    hub.faults = [Fault("/api/", status=200)]
+    with pytest.raises(HubError, match="something else than the hub's records"):
+        resolve(NAME)
+
+
+def test_a_retry_after_without_a_zone_is_taken_for_utc(hub: FakeHub) -> None:
+    date = {"Retry-After": "Wed, 21 Oct 2015 07:28:00"}
+    hub.faults = [Fault("/api/", status=503, headers=date)]
+    assert resolve(NAME).repo_id == f"timm/{NAME}"
