@@ -205,10 +205,17 @@ def _files(folder: Path, prefix: str) -> Iterator[str]:
     with os.scandir(folder) as entries:
         for entry in entries:
             name = f"{prefix}/{entry.name}"
+            if entry.name.startswith("."):
+                continue
             if entry.is_dir(follow_symlinks=False):
                 yield from _files(folder / entry.name, name)
-            elif not entry.name.startswith(".") and entry.is_file():
+            elif entry.is_file():
                 yield name
+            else:
+                raise DatasetError(
+                    f"{entry.path}: expected a file or a folder, found a link to a folder or to "
+                    "nothing. Replace it by what it stands for, or remove it."
+                )
 
 
 def _is_image(name: str) -> bool:
