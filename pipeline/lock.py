@@ -16,7 +16,7 @@ from pathlib import Path
 import pydantic
 
 from pipeline.errors import StoreError
-from pipeline.hub_file import HubFile
+from pipeline.hub_file import HubFile, url_file
 from pipeline.store import Store
 
 LOCK = "hub.lock.json"
@@ -111,16 +111,26 @@ def _decode(content: bytes, where: str) -> Lock:
             return Lock(commits=_STRINGS.validate_python(found))
         if found["lock_version"] != LOCK_VERSION:
             raise ValueError(f"lock version {found['lock_version']!r}, this one is {LOCK_VERSION}")
-        return Lock(
-            _FILES.validate_python(found["files"]),
-            _STRINGS.validate_python(found.get("commits", {})),
-        )
+        known = _FILES.validate_python(found["files"])
+        for file in (file for files in known.values() for file in files):
+            if not _has_place(file):
+                raise ValueError(f"no file of the cache: {file.filename!r} at {file.commit!r}")
+        return Lock(known, _STRINGS.validate_python(found.get("commits", {})))
     except (ValueError, TypeError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise StoreError(
             f"{where} is damaged ({type(error).__name__}: {reason}). Expected what flatcensus "
             "wrote; restore it, or delete it to take the hub's current files"
         ) from error
+
+
+def _has_place(file: HubFile) -> bool:
+    """Whether commit and name are a place in the cache: locks are passed on, and may be forged."""
+    if file.repo_type == "url":
+        named = url_file(file.url)
+        return named is not None and (named.commit, named.filename) == (file.commit, file.filename)
+    parts = file.filename.split("/")
+    return "/" not in file.commit and not {"", ".", ".."} & {file.commit, *parts}
 
 
 _STRINGS: pydantic.TypeAdapter[dict[str, str]] = pydantic.TypeAdapter(

@@ -163,6 +163,27 @@ def test_a_damaged_lock_is_a_clear_error(census: Path, content: bytes) -> None:
         assert (answer.code, "is damaged" in answer.err) == (4, True), command
 
 
+@pytest.mark.parametrize(
+    ("repo", "commit", "filename", "kind"),
+    [
+        ("timm/x", "c" * 40, "../../../x.safetensors", "model"),
+        ("timm/x", "c" * 40, "/x.safetensors", "model"),
+        ("timm/x", "..", "x.safetensors", "dataset"),
+        ("https://x.org", "0123abcd", "../../x-0123abcd.pth", "url"),
+        ("https://x.org", "", "x-0123abcd.pth", "url"),
+    ],
+)
+def test_a_lock_that_leads_out_of_the_cache_is_refused(
+    tmp_path: Path, repo: str, commit: str, filename: str, kind
+) -> None:
+    write_lock(
+        tmp_path / "m.lock.json",
+        Lock({"timm:x": (HubFile(repo, commit, filename, 1, None, kind),)}),
+    )
+    with pytest.raises(StoreError, match="no file of the cache"):
+        read_lock(tmp_path / "m.lock.json")
+
+
 def test_locks_with_any_records_survive_the_file(tmp_path: Path) -> None:
     web = url_file("https://x.org/a/b-0123abcd.pth")
     assert web is not None
