@@ -127,8 +127,9 @@ def _footer(file: HubFile) -> pq.FileMetaData:
         if length > len(tail):
             tail = _tail(file, length)
         return pq.read_metadata(pa.BufferReader(tail))
-    except pa.ArrowException as error:
-        raise DatasetError(f"{file.what}: expected a Parquet file, but {error}.") from error
+    except (OSError, pa.ArrowException) as error:  # damaged metadata is an OSError to Arrow
+        reason = str(error).strip()
+        raise DatasetError(f"{file.what}: expected a Parquet file, but {reason}.") from error
 
 
 def _tail(file: HubFile, length: int) -> bytes:

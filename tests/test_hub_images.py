@@ -263,6 +263,16 @@ def test_a_file_that_is_no_parquet_and_rows_without_images_are_named(hub: FakeHu
     assert dataset.image(3).mode == "RGB"
 
 
+def test_a_parquet_file_with_damaged_metadata_is_named(hub: FakeHub):
+    content = parquet([b"x"], [0])
+    length = int.from_bytes(content[-8:-4], "little")
+    damaged = content[: -8 - length] + b"\xff" * length + content[-8:]
+    hub.files["datasets/o/r"] = {"data/test-00000-of-00001.parquet": damaged}
+    data = DataSpec(name="hub", repo="o/r")
+    with pytest.raises(DatasetError, match="expected a Parquet file"):
+        describe(data, hub_data.files(data))
+
+
 def test_files_of_one_split_with_other_classes_are_refused(hub: FakeHub):
     images, labels = photographs()
     for i, names in enumerate((CLASSES, CLASSES[::-1])):
