@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
+from urllib.parse import urlsplit
 
 from huggingface_hub import constants
 
@@ -103,7 +104,7 @@ def _in_threads(
 ) -> Iterator[tuple[int, Wanted | StoreError]]:
     todo: queue.SimpleQueue[tuple[int, Wanted]] = queue.SimpleQueue()
     ended: queue.SimpleQueue[tuple[int, Wanted | StoreError] | Exception] = queue.SimpleQueue()
-    full, circuit = threading.Event(), Circuit()
+    full, circuits = threading.Event(), dict[str | None, Circuit]()
     for item in items:
         todo.put(item)
 
@@ -114,7 +115,7 @@ def _in_threads(
             except queue.Empty:
                 return
             try:
-                ended.put((index, item if full.is_set() else _fetched(item, circuit)))
+                ended.put((index, item if full.is_set() else _fetched(item, circuits)))
             except StoreError as error:
                 full.set()
                 ended.put((index, error))
@@ -131,9 +132,14 @@ def _in_threads(
         yield answer
 
 
-def _fetched(item: Wanted, circuit: Circuit) -> Wanted:
+def _fetched(item: Wanted, circuits: dict[str | None, Circuit]) -> Wanted:
+    paths = []
     try:
-        paths = [circuit.call(lambda f=f: download(f), what=f.what) for f in item.files]
+        for file in item.files:
+            # One for each server: that one of them is silent says nothing of the others.
+            host = urlsplit(file.url).netloc if file.repo_type == "url" else None
+            circuit = circuits.setdefault(host, Circuit(host=host))
+            paths.append(circuit.call(lambda file=file: download(file), what=file.what))
     except StoreError:
         raise
     except FlatcensusError as error:

@@ -54,11 +54,13 @@ T = TypeVar("T")
 class Circuit:
     """Whether it makes sense to go on asking: closed until several calls in a row got no answer.
 
-    ``broken``: nobody answered before, so that not one more call is tried.
+    ``broken``: nobody answered before, so that not one more call is tried. ``host``: who is asked,
+    if not the hub.
     """
 
-    def __init__(self, *, broken: bool = False) -> None:
+    def __init__(self, *, broken: bool = False, host: str | None = None) -> None:
         self.failures = FAILURES_IN_A_ROW if broken else 0
+        self.host = host
 
     def call(self, ask: Callable[[], T], *, what: str) -> T:
         """Ask, unless nobody answers any more.
@@ -68,7 +70,8 @@ class Circuit:
         """
         if self.failures >= FAILURES_IN_A_ROW:
             raise HubError(
-                f"{what}: not tried, because {constants.ENDPOINT} did not answer for others before",
+                f"{what}: not tried, because {self.host or constants.ENDPOINT} did not answer for "
+                "others before",
                 unasked=True,
             )
         try:

@@ -141,7 +141,7 @@ def run_unit(task: Task, bench: Workbench) -> Outcome:
         return Outcome("duplicate", seconds, nondeterminism=_compare(store, key, rows))
     except HubError as error:  # after retries of its own; offline, another try cannot help
         waited = error.unasked and not constants.HF_HUB_OFFLINE
-        return _failed(error, "unreachable" if waited else "permanent", clock)
+        return _failed(error, _silence(task) if waited else "permanent", clock)
     except (CheckpointError, DatasetError, MeasurementError) as error:
         return _failed(error, "permanent", clock)
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -284,6 +284,12 @@ def _constants(task: Task) -> Constants:
         torch_version=known["torch"],
         timm_version=known["timm"],
     )
+
+
+def _silence(task: Task) -> FailureClass:
+    """A web server of one checkpoint that does not answer is no reason to stop the others."""
+    ref = task.spec.ref
+    return "transient" if ref is not None and ref.identity.startswith("url:") else "unreachable"
 
 
 def _failed(error: BaseException, kind: FailureClass, clock: float) -> Outcome:

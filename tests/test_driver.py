@@ -260,6 +260,20 @@ def test_only_a_hub_that_did_not_answer_is_unreachable(
     assert run_unit(unit, Workbench()).failure_class == expected
 
 
+def test_a_silent_web_server_fails_its_checkpoint_and_not_the_launch(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(task: Task):
+        raise HubError("no", unasked=True)
+
+    monkeypatch.setattr("pipeline.worker._with_weights", refuse)
+    (unit, *_) = make_plan(run.manifest, run.store).units
+    assert unit.spec.ref is not None
+    ref = unit.spec.ref.model_copy(update={"identity": "url:https://x.org/gcvit-0123abcd.pth"})
+    unit = replace(unit, spec=replace(unit.spec, ref=ref))
+    assert run_unit(unit, Workbench()).failure_class == "transient"
+
+
 def test_a_hub_that_is_silent_now_and_then_costs_another_attempt(run: Run):
     silent: list[Task] = []
 

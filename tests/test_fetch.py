@@ -11,8 +11,10 @@ from fake_hub import FakeHub, Fault
 from hub_world import NAMES, WEIGHTS, point, served, weights, write_census
 from huggingface_hub import constants
 
+from pipeline import fetch as fetching
 from pipeline import hub_cache, patience
 from pipeline.errors import HubError
+from pipeline.hub_file import HubFile, url_file
 from pipeline.patience import Circuit
 
 MISSING = "test_vit2.r160_in1k"
@@ -137,3 +139,25 @@ def test_several_failures_in_a_row_open_the_circuit_and_an_answer_closes_it() ->
     with pytest.raises(HubError, match=r"x: not tried, because .* did not answer"):
         circuit.call(silent, what="x")
     assert len(calls) == before
+
+
+def test_a_silent_web_server_does_not_keep_the_hub_from_being_asked(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def answer(file: HubFile) -> Path:
+        asked.append(file)
+        if file.repo_type == "url":
+            raise HubError("nobody", unasked=True)
+        return Path(__file__)
+
+    monkeypatch.setattr(fetching, "download", answer)
+    monkeypatch.setattr(fetching, "NUM_THREADS", 1)
+    web = [url_file(f"https://silent.org/{n}-0123abcd.pth") for n in "abcd"]
+    files = [*(file for file in web if file), HubFile("timm/x", "c" * 40, WEIGHTS, 1, None)]
+    wanted = [fetching.Wanted(f.filename, (f,), 1, False, "to fetch") for f in files]
+    results, _ = fetching.fetch(wanted, lambda item: None)
+    assert [r.state for r in results] == ["failed"] * 4 + ["fetched"]
+    assert len(asked) == patience.FAILURES_IN_A_ROW + 1
+    assert "silent.org did not answer" in results[3].reason
