@@ -58,7 +58,8 @@ def files(
         raise HubError(
             f"{what}: the split {split!r} is not whole in the cache {constants.HF_HUB_CACHE}, and "
             "HF_HUB_OFFLINE is set. Unset it, or fill the cache on a machine with network: "
-            "flatcensus fetch",
+            "flatcensus fetch. If its files are named as 0000.parquet, which does not tell how "
+            "many there are, set files = their number.",
             unasked=True,
         )
     listed = _listed(repo, revision, what)

@@ -181,6 +181,20 @@ def test_a_part_of_a_split_in_the_cache_is_not_taken_for_the_whole(hub: FakeHub)
     assert hub_data.files(table(revision=COMMIT, files=1)) == first
 
 
+def test_offline_files_without_a_count_in_their_names_need_their_number(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+):
+    content = {f"default/test/{i:04d}.parquet": parquet([b"x"], [i]) for i in range(2)}
+    hub.files["datasets/o/r"] = content
+    data = DataSpec(name="hub", repo="o/r")
+    locked = hub_data.files(data)
+    open_images(data.model_copy(update={"labels": "ignore"}), locked)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match="set files = their number"):
+        hub_data.files(data, locked=locked)
+    assert hub_data.files(data.model_copy(update={"files": 2}), locked=locked) == locked
+
+
 def test_a_lock_is_not_asked_again_and_completed_at_its_commit(hub: FakeHub):
     whole = hub_data.files(table())
     hub.requests.clear()
