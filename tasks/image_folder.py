@@ -205,10 +205,10 @@ def _files(folder: Path, prefix: str) -> Iterator[str]:
     with os.scandir(folder) as entries:
         for entry in entries:
             name = f"{prefix}/{entry.name}"
-            if entry.name.startswith("."):
-                continue
             if entry.is_dir(follow_symlinks=False):
                 yield from _files(folder / entry.name, name)
+            elif entry.name.startswith("."):
+                continue
             elif entry.is_file():
                 yield name
             else:

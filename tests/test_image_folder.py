@@ -368,12 +368,6 @@ def test_writers_at_once_leave_a_whole_memory(memory: Path, tmp_path: Path):
     assert list(memory.iterdir()) == []
 
 
-def test_hidden_folders_in_a_class_are_not_read(tmp_path: Path):
-    save(PHOTOGRAPHS[0], tmp_path / "a/1.png")
-    save(PHOTOGRAPHS[1], tmp_path / "a/.ipynb_checkpoints/1-checkpoint.png")
-    assert len(load_dataset("image-folder", split="test", root=tmp_path)) == 1
-
-
 @pytest.mark.parametrize("target", ["more", "nowhere.png"])
 def test_a_link_that_leads_to_no_file_is_an_error_and_never_left_out(tmp_path: Path, target: str):
     save(PHOTOGRAPHS[0], tmp_path / "images/a/1.png")
