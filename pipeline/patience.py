@@ -171,7 +171,8 @@ def _pause(error: Exception, attempt: int, what: str, host: str) -> float:
     if announced is not None and announced > LONGEST_PAUSE_SECONDS:
         raise HubError(
             f"{what}: the hub asks to wait {announced:.0f} s (HTTP status {status}). "
-            "Try again after that, or set HF_TOKEN for a higher limit."
+            "Try again after that, or set HF_TOKEN for a higher limit.",
+            unasked=True,  # as silent for the others: a launch stops, no unit fails for it
         ) from None
     # Jitter keeps many machines from returning at the same moment; it has no effect on results.
     backoff = FIRST_PAUSE_SECONDS * 2 ** (attempt - 1) * random.uniform(0.5, 1)

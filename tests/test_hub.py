@@ -178,9 +178,10 @@ def test_a_wait_beyond_the_rate_limit_window_is_left_to_the_user(
     hub: FakeHub, pauses: list[float]
 ) -> None:
     hub.faults = [Fault("/api/", status=429, headers={"Retry-After": "3600"})]
-    with pytest.raises(HubError, match="asks to wait 3600 s"):
+    with pytest.raises(HubError, match="asks to wait 3600 s") as error:
         resolve(NAME)
     assert pauses == []
+    assert error.value.unasked, "no checkpoint is at fault: a launch stops, and no unit fails"
 
 
 def test_a_hub_that_stays_broken_ends_after_bounded_tries(
