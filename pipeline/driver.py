@@ -152,9 +152,11 @@ class _Round:
         self.losses: Counter[int] = Counter()  # of each slot, since it last gave an outcome
         self.rests_until: dict[int, float] = {}
         self.lost: Counter[tuple[str, Block]] = Counter()
-        self.silences = 0  # of the hub, since a unit was committed
+        self.silent: list[str] = []  # subjects that the hub did not answer for, since a commit
+        self.num_subjects = 0
 
     def run(self, units: list[Task]) -> None:
+        self.num_subjects = len({unit.spec.subject for unit in units})
         for unit in units:
             self.queue.add(unit)
         while True:
@@ -197,7 +199,7 @@ class _Round:
             note = self._lost(task)
         elif outcome.status != "failed":
             self.result.committed += 1
-            self.silences = 0
+            self.silent.clear()
             if outcome.nondeterminism:
                 self.result.nondeterminism.append(outcome.nondeterminism)
         else:
@@ -233,8 +235,10 @@ class _Round:
             full = "No space left" in failure.message or "disk" in failure.message.lower()
             raise StoreError(failure.message, disk_full=full)
         if kind == "unreachable":
-            self.silences += 1
-            if self.silences >= MAX_SILENCES:  # each has waited: the rest would only wait too
+            self.silent.append(task.spec.subject)
+            # Each has waited, and the rest would only wait too; one alone may be at fault itself.
+            several = len(set(self.silent)) >= min(2, self.num_subjects)
+            if len(self.silent) >= MAX_SILENCES and several:
                 raise HubError(failure.message, unasked=True)
         halves = task.halves() if kind == "crash" and task.attempt == 2 else []
         if halves:  # what kills its process shall cost half a unit, not all of it

@@ -274,6 +274,16 @@ def test_a_silent_web_server_fails_its_checkpoint_and_not_the_launch(
     assert run_unit(unit, Workbench()).failure_class == "transient"
 
 
+def test_one_checkpoint_that_the_hub_never_gives_does_not_stop_the_launch(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("pipeline.driver.BACKOFF_SECONDS", (0.01, 0.01))
+    bad = make_plan(run.manifest, run.store).units[0].spec.subject
+    result, _, _ = go(run, lambda t: failed("unreachable") if t.spec.subject == bad else None)
+    assert result.committed == result.failed == 2 + 8 * 2
+    assert not make_plan(run.manifest, run.store).units
+
+
 def test_a_hub_that_is_silent_now_and_then_costs_another_attempt(run: Run):
     silent: list[Task] = []
 
