@@ -95,9 +95,13 @@ def plan(manifest: ManifestArg, run_folder: RunOption = None, as_json: JsonOptio
     current = run.plan()
     show_plan(console, run, current)
     folder = shown(relative(run.store.uri))
+    place = f" --run {shown(run_folder)}" if run_folder else ""
+    again = f"flatcensus launch {shown(manifest)}{place}"
     if current.units:
-        place = f" --run {shown(run_folder)}" if run_folder else ""
-        console.next_step(f"flatcensus launch {shown(manifest)}{place}", "run it")
+        console.next_step(again, "run it")
+    elif current.unresolved:
+        console.say(f"nothing can be done, {current.num_failed} failed")
+        console.next_step(again, "when the causes above are mended")
     elif current.num_failed:
         console.say(f"nothing is left to do, {current.num_failed} failed")
         console.next_step(f"flatcensus resume {folder}", "try the failed ones again")
@@ -156,6 +160,7 @@ def resume(run: RunArg, on: OnOption = "local", as_json: JsonOption = False) -> 
 def status(run: RunArg, as_json: JsonOption = False) -> int:
     """Show what is done, to do and failed. Reads the run folder only."""
     from pipeline.labels import counted
+    from pipeline.plan_view import show_unresolved
     from pipeline.progress import status_table
     from pipeline.reduce import published_table
     from pipeline.run import open_run
@@ -164,8 +169,7 @@ def status(run: RunArg, as_json: JsonOption = False) -> int:
     opened = open_run(run)
     current = opened.recall()
     console.table(status_table(current))
-    for missing in current.unresolved:
-        console.warn(f"{missing.checkpoint}: {missing.reason}")
+    show_unresolved(console, current)
     _show_bounds(console, run, published_table(opened.store, "bounds"), when=", when last reduced")
     if current.num_failed:
         console.next_step(f"flatcensus query {shown(run)} failures", "why they failed")
@@ -317,7 +321,9 @@ def _launch(
     console: Console, run: Run, *, on: str, retry_failed: bool = False, train_only: bool = False
 ) -> int:
     """Run what is to do, then reduce and report; say what happened and what to do next."""
+    from pipeline.labels import counted
     from pipeline.outputs import headline, write_outputs
+    from pipeline.plan_view import show_unresolved
     from pipeline.run import execute
 
     display = ProgressDisplay(console)
@@ -341,17 +347,23 @@ def _launch(
         console.say(f"nothing is left to do in {folder}")
     else:
         console.say(
-            f"{result.committed} units committed, {result.failed} failed, {result.retried} "
-            f"retried, {result.lost} lost with their slot, in {duration(result.seconds)}"
+            f"{counted(result.committed, 'unit')} committed, {result.failed} failed, "
+            f"{result.retried} retried, {result.lost} lost with their slot, "
+            f"in {duration(result.seconds)}"
         )
     current, tables = run.reduce()
     if not train_only:
         files = write_outputs(run, current, tables)
         _show_results(console, tables, headline(tables), files)
         _show_bounds(console, folder, tables.bounds)
+    show_unresolved(console, current)
     if current.num_failed:
-        console.warn(f"{current.num_failed} failed: flatcensus query {shown(folder)} failures")
-        console.next_step(resume, "try the failed ones again")
+        failures = f"flatcensus query {shown(folder)} failures"
+        console.warn(f"{current.num_failed} failed: {failures}")
+        if current.num_failed > len(current.unresolved):
+            console.next_step(resume, "try the failed ones again")
+        else:  # the run folder keeps the manifest as it was
+            console.next_step(failures, "mend the causes, then launch the manifest again")
         return EXIT_FAILED_UNITS
     if train_only:
         console.next_step(resume, "measure the trained checkpoints")

@@ -7,6 +7,7 @@ terminal, and one line a minute elsewhere.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections import Counter
@@ -48,8 +49,9 @@ class Console:
     def table(self, frame: pd.DataFrame, *, title: str | None = None) -> None:
         """Print a table: aligned text, or JSON lines."""
         if self.as_json:
-            for record in json.loads(frame.to_json(orient="records") or "[]"):
-                sys.stdout.write(json.dumps(record) + "\n")
+            for record in frame.to_dict("records"):
+                plain = {str(name): _plain(value) for name, value in record.items()}
+                sys.stdout.write(json.dumps(plain, default=str) + "\n")
             return
         shown = Table(
             title=title, title_justify="left", title_style="bold", box=None, pad_edge=False
@@ -88,6 +90,15 @@ class _Out(RichConsole):
         raise BrokenPipeError
 
 
+def _plain(value: object) -> object:
+    """A cell as JSON has it, with all its digits: null for what is missing or infinite."""
+    item = getattr(value, "item", None)  # of numpy's scalars
+    value = item() if callable(item) else value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return None if type(value).__name__ in ("NaTType", "NAType") else value
+
+
 def format_cell(value: object) -> str:
     """A number with the digits that matter, or text."""
     if isinstance(value, float):
@@ -115,6 +126,7 @@ class ProgressDisplay:
     def planned(self, plan: Plan, num_slots: int) -> None:
         """A round begins: its units join the total."""
         from pipeline.durations import duration
+        from pipeline.labels import counted
 
         self.total += plan.predicted_seconds
         self.units += len(plan.units)
@@ -122,7 +134,7 @@ class ProgressDisplay:
         why = ", ".join(f"{reason} ({count})" for reason, count in reasons.items())
         slots = f"{num_slots} slot{'s' if num_slots != 1 else ''}"
         estimate = duration(plan.predicted_seconds / num_slots)
-        self.console.say(f"{len(plan.units)} units on {slots}, about {estimate}: {why}")
+        self.console.say(f"{counted(len(plan.units), 'unit')} on {slots}, about {estimate}: {why}")
         if self.bar is None and self.console.err.is_terminal and not self.console.as_json:
             self.bar = Progress(
                 TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),

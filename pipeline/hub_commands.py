@@ -37,8 +37,12 @@ def lock(
     records = [line.record() for line in lines]
     if not as_json:
         columns = ["name", "repository", "commit", "state"]
-        records = [_short(record) for record in records]
+        records = [{**record, "commit": str(record["commit"])[:12]} for record in records]
     console.table(table_of(records, columns))
+    if not as_json:  # sentences would make a narrow column of a terminal's table
+        for line in lines:
+            if line.reason:
+                console.warn(f"{line.name}: {line.reason}")
     failed = sum(line.state == "failed" for line in lines)
     console.say(f"{len(lines) - failed} of {len(lines)} locked in {path}")
     console.next_step(f"flatcensus fetch {shown(manifest)} --dry-run", "what is to be downloaded")
@@ -70,6 +74,10 @@ def fetch(
         finally:
             progress.close()
     console.table(table_of([_record(item, as_json) for item in wanted], _FETCH_COLUMNS))
+    if not as_json:
+        for item in wanted:
+            if item.state == "failed":
+                console.warn(f"{item.name}: {item.reason}")
     _say_totals(console, wanted)
     place = f" --run {shown(run_folder)}" if run_folder else ""
     if full is not None:
@@ -92,7 +100,7 @@ def _record(item: Wanted, as_json: bool) -> dict[str, object]:
     if not as_json:
         num_bytes = "unknown" if item.num_bytes is None else size(item.num_bytes)
         num_bytes = f"about {num_bytes}" if item.is_estimate else num_bytes
-    state = f"failed: {item.reason}" if item.state == "failed" else item.state
+    state = f"failed: {item.reason}" if as_json and item.state == "failed" else item.state
     return {"checkpoint": item.name, "repository": item.repository, "bytes": num_bytes,
             "state": state}  # fmt: skip
 
@@ -118,11 +126,6 @@ def _say_totals(console: Console, wanted: Sequence[Wanted]) -> None:
             f"{size(missing)} are missing, more than is free: set HF_HOME to a folder on a larger "
             "disk, or free some space"
         )
-
-
-def _short(record: dict[str, object]) -> dict[str, object]:
-    state = f"{record['state']}: {record['reason']}" if record["reason"] else record["state"]
-    return {**record, "commit": str(record["commit"])[:12], "state": state}
 
 
 class _Progress:

@@ -227,17 +227,20 @@ class _Parser:
     def check_timm_names(self, names: list[str], path: tuple[str | int, ...]) -> None:
         import timm
 
-        known: set[str] | None = None
+        full = timm.list_models(pretrained=True)
+        known = {*full, *(name.partition(".")[0] for name in full)}
         for name in names:
-            if timm.is_model(name) and timm.models.get_pretrained_cfg(name) is not None:
+            architecture, _, tag = name.partition(".")
+            if name in known:
                 continue
-            known = known or {
-                n for m in timm.list_models(pretrained=True) for n in (m, m.split(".")[0])
-            }
+            if tag and architecture in known:
+                tags = [n.partition(".")[2] for n in full if n.partition(".")[0] == architecture]
+                near = f" Its tags: {', '.join(sorted(filter(None, tags)))}"
+            else:
+                near = did_you_mean(name, known)
             self.problem(
                 (*path, "names"),
-                f"timm {timm.__version__} has no pretrained model {name!r}."
-                + did_you_mean(name, known),
+                f"timm {timm.__version__} has no pretrained model {name!r}.{near}",
             )
 
     def expand_paths(self, patterns: list[str], path: tuple[str | int, ...]) -> tuple[Path, ...]:

@@ -21,7 +21,8 @@ def show_plan(console: Console, run: Run, plan: Plan) -> None:
     table = plan_table(plan)
     if console.as_json:
         console.table(table)
-        console.data({"totals": asdict(cost)})
+        absent = [asdict(item) for item in plan.unresolved]
+        console.data({"totals": asdict(cost), "unresolved": absent})
     elif len(table) <= MAX_LINES:
         table, notes = numbered_notes(table)
         console.table(table, title=title)
@@ -37,10 +38,20 @@ def show_plan(console: Console, run: Run, plan: Plan) -> None:
     if plan.units:
         for line in cost_lines(cost):
             console.say(line)
-    for missing in plan.unresolved:
-        console.warn(f"{missing.checkpoint}: {missing.reason}")
-    for line in stale_lines(plan, run.store):
+    show_unresolved(console, plan)
+    stale = stale_lines(plan, run.store)
+    for line in stale[:MAX_NOTES]:
         console.warn(line)
+    if len(stale) > MAX_NOTES:
+        console.warn(f"and {len(stale) - MAX_NOTES} more stale results, kept and not used")
+
+
+def show_unresolved(console: Console, plan: Plan) -> None:
+    """Warn of checkpoints that cannot be had, each with its reason."""
+    for missing in plan.unresolved[:MAX_NOTES]:
+        console.warn(f"{missing.checkpoint}: {missing.reason}")
+    if len(plan.unresolved) > MAX_NOTES:
+        console.warn(f"and {len(plan.unresolved) - MAX_NOTES} more checkpoints cannot be had")
 
 
 def plan_cost(run: Run, plan: Plan) -> CostSummary:

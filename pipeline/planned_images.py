@@ -54,17 +54,19 @@ def open_dataset(
 
 @dataclass(frozen=True)
 class UnknownImages:
-    """Images that a plan takes on trust: the hub could not be asked of them.
+    """Images that a plan takes on trust: the hub did not answer, or does not give them.
 
     Attributes:
-        name: An identity that nothing can be stored under.
+        name: An identity that nothing can be stored under: why they are unknown.
         num_images: As many as are measured.
         class_names: None are known.
+        is_silent: Whether the hub did not answer at all.
     """
 
     name: str
     num_images: int
     class_names: tuple[str, ...] = ()
+    is_silent: bool = True
 
     def __len__(self) -> int:
         return self.num_images
@@ -80,7 +82,7 @@ Images: TypeAlias = "ImageDataset | HubImages | UnknownImages"
 class PlannedImages:
     """Loads each split once per resolution. ``files`` are those of the hub, by lock key.
 
-    ``tentative`` is for plans alone: images of which the hub could not be asked are unknown.
+    ``tentative`` is for plans alone: images that the hub does not give are unknown.
     """
 
     def __init__(self, lock: Lock, *, tentative: bool = False) -> None:
@@ -104,9 +106,11 @@ class PlannedImages:
                 )  # fmt: skip
                 self.known[key].identity()  # of all bytes: a file may be missing or locked
             except HubError as error:
-                if not (self.tentative and error.unasked):
+                if not self.tentative:
                     raise
-                self.known[key] = UnknownImages(f"{UNLOCKED}{data.repo}/{split}", data.samples)
+                self.known[key] = UnknownImages(
+                    f"{UNLOCKED}{error}", data.samples, is_silent=error.unasked
+                )
             except (DatasetError, OSError) as error:
                 raise DataError(f"[data] name = {data.name!r}: {error}") from error
         return self.known[key]

@@ -155,4 +155,5 @@ def _differences(old: object, new: object, path: str = "") -> list[str]:
 
 def _short(value: object) -> str:
     text = str(value)
-    return text if len(text) <= 28 else text[:25] + "..."
+    # Identities begin alike and end in what differs.
+    return text if len(text) <= 40 else f"{text[:12]}...{text[-25:]}"

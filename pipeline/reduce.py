@@ -222,7 +222,7 @@ def _failures(units: pd.DataFrame, plan: Plan) -> pd.DataFrame:
             {
                 "checkpoint": u.checkpoint, "family": u.family, "failure_class": "unresolved",
                 "failure_type": "Unresolved", "failure_message": u.reason,
-                "failure_hint": "Mend the cause, then: flatcensus resume RUN",
+                "failure_hint": "Mend the cause, then launch the manifest again",
             }
             for u in plan.unresolved
         ],

@@ -36,7 +36,13 @@ from pipeline.specs import (
 )
 from pipeline.store import Store
 from pipeline.versions import versions
-from tasks.checkpoints import CheckpointError, CheckpointRef, describe_local, describe_timm
+from tasks.checkpoints import (
+    CheckpointError,
+    CheckpointRef,
+    architecture_family,
+    describe_local,
+    describe_timm,
+)
 from tasks.datasets import TRAINING_SPLIT, DatasetError, transform_identity
 from tasks.outline import Outline, outline, outline_architecture
 from tasks.training import network_for
@@ -90,7 +96,7 @@ def resolve(manifest: Manifest, store: Store, *, tentative: bool = False) -> Res
     known = {model.name: model for entry in manifest.timm for model in entry.models}
     files: dict[str, tuple[HubFile, ...]] = {}
     # A plan that got no answer about the images need not wait for one about each network too.
-    silent = isinstance(images, UnknownImages)
+    silent = isinstance(images, UnknownImages) and images.is_silent
     hub_refs = list(
         _timm_refs(manifest, lock, unresolved, files, tentative=tentative, silent=silent)
     )
@@ -238,7 +244,16 @@ def _timm_refs(
             identity = UNLOCKED + weights.name
         else:
             architecture, _, tag = weights.name.partition(".")
-            unresolved.append(Unresolved(weights.name, family or architecture, tag, str(found)))
+            group = family or _family(architecture)
+            unresolved.append(Unresolved(weights.name, group, tag, str(found)))
             continue
         ref = describe_timm(weights.name, identity=identity)
         yield ref.model_copy(update={"family": family}) if family else ref
+
+
+def _family(architecture: str) -> str:
+    """Module of timm, or the name itself where this timm does not know it."""
+    try:
+        return architecture_family(architecture)
+    except CheckpointError:
+        return architecture

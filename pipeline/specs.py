@@ -93,7 +93,7 @@ class Spec:
         if self.ref is not None and self.ref.identity.startswith(UNLOCKED):
             notes.append("weights not locked: the hub could not be asked")
         if self.data_identity.startswith(UNLOCKED):
-            notes.append("images unknown: the hub could not be asked")
+            notes.append(f"images unknown: {self.data_identity.removeprefix(UNLOCKED)}")
         return "; ".join(note for note in notes if note)
 
     @property

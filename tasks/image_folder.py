@@ -156,6 +156,8 @@ def listed_images(root: Path, path: Path, *, with_labels: bool) -> Listed:
             for row in reader:
                 name, label = (row.get("file") or "").strip(), (row.get("label") or "").strip()
                 problem = _row_problem(root, name, lines)
+                if None in row:  # DictReader's key for what is left over
+                    problem = "more cells than the header has columns; quote a label with a comma"
                 if problem is None and with_labels and not label:
                     problem = "label is empty"
                 if problem is not None:

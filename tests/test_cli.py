@@ -330,3 +330,13 @@ def test_names_with_markup_are_printed_as_they_are(capsys: pytest.CaptureFixture
 def test_tables_of_nan_are_valid_json(capsys: pytest.CaptureFixture[str]):
     Console(as_json=True).table(pd.DataFrame([{"value": float("nan")}]))
     assert json.loads(capsys.readouterr().out) == {"value": None}
+
+
+def test_json_has_all_digits_and_null_for_what_is_missing(capsys: pytest.CaptureFixture[str]):
+    frame = pd.DataFrame(
+        {"a": [3.247554157196029e-07, 1e-300, float("nan"), float("inf")], "n": [1, 2, 3, 4]}
+    )
+    Console(as_json=True).table(frame.astype({"n": "int64"}))
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["a"] for line in found] == [3.247554157196029e-07, 1e-300, None, None]
+    assert [line["n"] for line in found] == [1, 2, 3, 4]

@@ -98,6 +98,7 @@ def test_offline_what_is_missing_is_named(
         assert answer.code == 3
         assert states(answer) == {NAMES[0]: "cached", NAMES[1]: "failed"}
         assert "HF_HUB_OFFLINE is set" in answer.out
+    assert f"{NAMES[1]}: " in fetch(census, "--dry-run").err
     assert hub.requests == []
 
 

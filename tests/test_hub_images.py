@@ -19,7 +19,7 @@ from fake_hub import COMMIT, FakeHub, Fault, fake_hub
 from hub_world import TOKEN, point
 from huggingface_hub import constants
 from PIL import Image
-from populations import save_mlp
+from populations import save_mlp, write_manifest
 from sklearn.datasets import load_digits, load_sample_images
 
 from pipeline import hub_data, patience
@@ -28,6 +28,7 @@ from pipeline.errors import DataError, HubError, ManifestError
 from pipeline.hub_images import describe, open_images
 from pipeline.manifest import parse_manifest
 from pipeline.planned_images import open_dataset
+from pipeline.resolve import resolve
 from pipeline.run import start_run
 from pipeline.worker import Workbench, run_unit
 from tasks.idx import DatasetError
@@ -216,6 +217,24 @@ def test_a_gated_repository_says_how_to_get_in_and_shows_no_token(hub: FakeHub):
     with pytest.raises(HubError, match=r"the end of .*validation-00000.*refuses access"):
         describe(table(files=1), files[:1])
     assert TOKEN not in str(e.value)
+
+
+def test_a_plan_is_made_although_the_hub_refuses_the_images_and_says_why(
+    hub: FakeHub, tmp_path: Path
+):
+    save_mlp(tmp_path / "mlps/mlp0")
+    path = write_manifest(
+        tmp_path / "m.toml", checkpoints="mlps/*", samples=4,
+        measurements='[[measurements]]\nmetric = "normalized_mls"\n',
+    )  # fmt: skip
+    text = path.read_text().replace('name = "digits"', f'name = "hub"\nrepo = "{REPO}"', 1)
+    path.write_text(text)
+    hub.faults.append(Fault("/api/", status=403, headers={"X-Error-Code": "GatedRepo"}, times=2))
+    run = start_run(path, str(tmp_path / "run"))
+    (item,) = run.plan().specs
+    assert "refuses access (gated or private). Accept its terms" in item.spec.note
+    with pytest.raises(HubError, match="refuses access"):
+        resolve(run.manifest, run.store)
 
 
 def test_the_token_is_sent_to_the_hub_and_not_to_the_server_of_the_files(hub: FakeHub):

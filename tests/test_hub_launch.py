@@ -39,7 +39,7 @@ def test_lock_fetch_launch_status(tmp_path: Path, on: str) -> None:
         assert done.returncode == 3, done.stderr
         assert "2 of 3 locked in census.lock.json" in done.stderr
         assert f"{MISSING}" in done.stdout
-        assert "no such repository" in done.stdout
+        assert "no such repository" in done.stderr
         census.write_text(census.read_text().replace(f", '{MISSING}'", ""))
         done = run(tmp_path, env, "fetch", "census.toml", "--dry-run")
         assert (done.returncode, "2 to fetch (" in done.stderr) == (0, True), done.stderr
@@ -94,5 +94,5 @@ def test_the_token_is_nowhere_even_when_the_hub_refuses(tmp_path: Path) -> None:
         failures = run(tmp_path, environment(hub, tmp_path), "query", "runs/census", "failures")
         for name in (NAMES[0], NAMES[1], MISSING):
             assert name in failures.stdout
-    assert "1 units committed" in done.stderr
+    assert "1 unit committed" in done.stderr
     assert no_token_below(tmp_path / "runs")

@@ -81,16 +81,17 @@ def test_all_problems_of_a_csv_are_named_with_their_lines(flat: Path):
             flat,
             "file,label\nILSVRC2012_val_00000001.JPEG,a\nILSVRC2012_val_00000009.JPEG,a\n"
             "ILSVRC2012_val_00000001.JPEG,b\n../secret.png,a\nnotes.txt,a\n"
-            "ILSVRC2012_val_00000002.JPEG,\n,a\nILSVRC2012_val_00000003.JPEG,c\n",
+            "ILSVRC2012_val_00000002.JPEG,\n,a\nILSVRC2012_val_00000003.JPEG,c\n"
+            "ILSVRC2012_val_00000004.JPEG,maillot, tank suit\n",
         )
     problems = str(caught.value).splitlines()
     assert [line.removeprefix(f"{flat}/val.csv:").partition(":")[0] for line in problems] == [
-        "3", "4", "5", "6", "7", "8",
+        "3", "4", "5", "6", "7", "8", "10",
     ]  # fmt: skip
     for line, words in zip(
         problems,
         ("is not in", "listed in line 2 already", "a plain path below", "no image by its name",
-         "label is empty", "file is empty"),
+         "label is empty", "file is empty", "quote a label with a comma"),
         strict=True,
     ):  # fmt: skip
         assert words in line

@@ -89,7 +89,7 @@ def test_update_takes_the_current_commits_and_says_which_moved(hub: FakeHub, cen
     hub.commit = MOVED
     answer = call("lock", census, "--update")
     assert answer.code == 0
-    assert answer.out.count(f"moved: from {COMMIT}") == 2
+    assert answer.err.count(f"from {COMMIT}") == 2
     assert commits(found(census)) == {MOVED}
     assert call("lock", census, "--update").out.count("moved") == 0
 

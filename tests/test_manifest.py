@@ -187,3 +187,9 @@ def test_lines_are_found_through_arrays_of_tables_and_dotted_keys():
     assert line_of(lines, ("e", 1, "g h")) == 7
     assert line_of(lines, ("e", 1, "i", "j")) == 11
     assert line_of(lines, ("e", 1, "missing")) == 6
+
+
+def test_a_wrong_tag_is_named_with_those_that_there_are():
+    text = GOOD + '\n[[checkpoints]]\nsource = "timm"\nnames = ["levit_128s.nonsense"]\n'
+    with pytest.raises(ManifestError, match=r"has no pretrained model 'levit_128s\.nonsense'\. Its"):
+        parse_manifest(text, where="m", root=Path("/nowhere"))
