@@ -49,6 +49,14 @@ class HubFile:
         return f"hub:{self.repo_id}@{self.commit}/{self.filename}{digest}"
 
     @property
+    def content(self) -> str:
+        """What enters keys: the identity without the commit where the content's SHA-256 is known.
+
+        A commit that changes something else of the repository makes no result stale.
+        """
+        return content_of(self.identity)
+
+    @property
     def url(self) -> str:
         """Address of a file on a web server."""
         return f"{self.repo_id}/{self.filename}"
@@ -74,3 +82,11 @@ def identified(identity: str) -> HubFile:
     match = HUB_IDENTITY.fullmatch(identity)
     assert match, identity
     return HubFile(match[1], match[2], match[3], None, match[4])
+
+
+def content_of(identity: str) -> str:
+    """``HubFile.content`` from an identity; other identities are their own."""
+    match = HUB_IDENTITY.fullmatch(identity)
+    if match is None or match[4] is None:
+        return identity
+    return f"hub:{match[1]}/{match[3]}#{match[4]}"

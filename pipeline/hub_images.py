@@ -53,7 +53,7 @@ class HubImages:
 
     def identity(self) -> str:
         """SHA-256 of the files' identities, each of which holds the SHA-256 of its bytes."""
-        parts = ([file.identity for file in self.files], self.columns)
+        parts = ([file.content for file in self.files], self.columns)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

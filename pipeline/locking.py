@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -56,7 +56,7 @@ def lock_manifest(manifest: Manifest, path: Path, *, update: bool) -> tuple[list
         if isinstance(found, tuple):
             files[key] = found
             state = "added" if before is None else "locked" if before == found else "moved"
-            reason = f"from {before[0].commit}" if before and state == "moved" else ""
+            reason = _moved(before, found) if before and state == "moved" else ""
             lines.append(Line(name, found, state, reason))
         else:
             lines.append(Line(name, before or (), "failed", str(found)))
@@ -64,6 +64,11 @@ def lock_manifest(manifest: Manifest, path: Path, *, update: bool) -> tuple[list
     if new != old:
         write_lock(place, new)
     return lines, place
+
+
+def _moved(before: Sequence[HubFile], now: Sequence[HubFile]) -> str:
+    same = [file.content for file in before] == [file.content for file in now]
+    return f"from {before[0].commit}" + (", the same content: nothing is stale" if same else "")
 
 
 def _found(

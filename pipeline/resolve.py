@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.entries import Manifest, MeasurementEntry, TrainEntry
 from pipeline.errors import ManifestError
-from pipeline.hub_file import UNLOCKED, HubFile
+from pipeline.hub_file import UNLOCKED, HubFile, content_of
 from pipeline.lock import Lock, known_lock
 from pipeline.planned_images import (
     Images,
@@ -184,7 +184,7 @@ def _measure_spec(
     fields = {
         "key_version": KEY_VERSION,
         "kind": "measure",
-        "checkpoint": ref.identity,
+        "checkpoint": content_of(ref.identity),
         "data": images.identity(),
         "transform": transform,
         "output": manifest.output,

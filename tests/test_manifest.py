@@ -191,5 +191,6 @@ def test_lines_are_found_through_arrays_of_tables_and_dotted_keys():
 
 def test_a_wrong_tag_is_named_with_those_that_there_are():
     text = GOOD + '\n[[checkpoints]]\nsource = "timm"\nnames = ["levit_128s.nonsense"]\n'
-    with pytest.raises(ManifestError, match=r"has no pretrained model 'levit_128s\.nonsense'\. Its"):
+    message = r"has no pretrained model 'levit_128s\.nonsense'\. Its tags: fb_dist_in1k"
+    with pytest.raises(ManifestError, match=message):
         parse_manifest(text, where="m", root=Path("/nowhere"))

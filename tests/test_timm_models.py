@@ -69,6 +69,23 @@ def test_a_network_that_timm_builds_otherwise_is_a_failure_by_name(
     assert re.search(found, missing.reason)
 
 
+def test_a_commit_that_leaves_the_weights_as_they_are_makes_nothing_stale(tmp_path: Path) -> None:
+    path = write(tmp_path, f"{{ {KNOWN} }}")
+    store = open_store(str(tmp_path / "run"))
+
+    def key(commit: str, sha256: str | None) -> str:
+        file = HubFile(f"timm/{NAME}", commit * 40, "model.safetensors", 1, sha256)
+        write_lock(lock_path(path), Lock({timm_key(NAME, None): (file,)}))
+        (spec,) = resolve(load_manifest(path), store).specs
+        assert spec.ref is not None
+        assert commit * 40 in spec.ref.identity, "it is fetched at its commit all the same"
+        return spec.key
+
+    assert key("a", "b" * 64) == key("c", "b" * 64)
+    assert key("a", "b" * 64) != key("a", "d" * 64)
+    assert key("a", None) != key("c", None), "nothing but the commit tells what is in the file"
+
+
 def test_a_plan_takes_images_on_trust_that_the_hub_cannot_be_asked_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
