@@ -159,6 +159,8 @@ def published_table(store: Store, name: str) -> pd.DataFrame:
         ) from error
 
 
+# A run folder keeps the manifest as it was launched.
+_MEND = "Mend the cause, then: flatcensus resume RUN; a manifest that was changed is launched again"
 _FAILURE_COLUMNS = (
     "checkpoint", "family", "metric", "label", "start", "stop", "draw_start", "draw_stop",
     "failure_class", "failure_type", "failure_message", "failure_hint", "failure_traceback",
@@ -222,7 +224,7 @@ def _failures(units: pd.DataFrame, plan: Plan) -> pd.DataFrame:
             {
                 "checkpoint": u.checkpoint, "family": u.family, "failure_class": "unresolved",
                 "failure_type": "Unresolved", "failure_message": u.reason,
-                "failure_hint": "Mend the cause, then launch the manifest again",
+                "failure_hint": _MEND,
             }
             for u in plan.unresolved
         ],
