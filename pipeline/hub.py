@@ -16,16 +16,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import timm
-from huggingface_hub import HfApi, constants
-from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub import constants
 from PIL import Image
 
 from pipeline.download import download
 from pipeline.errors import HubError
-from pipeline.hub_file import COMMIT, SHA256, HubFile, RepoType, url_file
-from pipeline.patience import Circuit, patiently
+from pipeline.hub_file import COMMIT, HubFile, RepoType, url_file
+from pipeline.hub_listing import cached_file, cached_snapshots, listed
+from pipeline.patience import Circuit
 from pipeline.web import is_safe
-from tasks.checkpoints import CheckpointError, CheckpointRef, describe_timm
+from tasks.checkpoints import CheckpointError, describe_timm
 from tasks.idx import write_idx
 from tasks.images import FETCHED_FASHION_MNIST
 
@@ -90,11 +90,6 @@ def resolve_all(
         return list(pool.map(one, names))
 
 
-def checkpoint_ref(name: str, file: HubFile) -> CheckpointRef:
-    """Reference of a pretrained timm model whose weights are this file; not downloaded yet."""
-    return describe_timm(name, identity=file.identity)
-
-
 def fetch_fashion_mnist(directory: Path | None = None) -> Path:
     """Fetch Fashion-MNIST and write it as the IDX files that ``tasks.images`` reads.
 
@@ -140,20 +135,13 @@ def _locate(
             unasked=True,
         )
     what = f"{repo_id} at {revision}" if revision else repo_id
-    ask = HfApi().dataset_info if repo_type == "dataset" else HfApi().model_info
-    info = patiently(
-        lambda: ask(repo_id, revision=revision, files_metadata=True),
-        what=what,
-    )
-    siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
+    files = {file.filename: file for file in listed(repo_id, revision, repo_type, what=what)}
     for filename in filenames:
-        if filename in siblings and info.sha:
-            found = siblings[filename]
-            sha256 = found.lfs.sha256 if found.lfs else None
-            return HubFile(repo_id, info.sha, filename, found.size, sha256, repo_type)
+        if filename in files:
+            return files[filename]
     raise HubError(
         f"{what}: expected one of {', '.join(filenames)}, found "
-        f"{', '.join(sorted(siblings)) or 'no files'}. Formats other than safetensors can execute "
+        f"{', '.join(sorted(files)) or 'no files'}. Formats other than safetensors can execute "
         "code and are not loaded; choose another tag, or convert the weights."
     )
 
@@ -162,24 +150,16 @@ def _cached(
     repo_id: str, filenames: tuple[str, ...], revision: str | None, repo_type: RepoType
 ) -> HubFile | None:
     """The file in the cache: at this revision, or at the only one cached where none is given."""
-    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type=repo_type)
-    reference = folder / "refs" / (revision or constants.DEFAULT_REVISION)
-    if reference.is_file():
-        commits = [reference.read_text().strip()]
-    else:
-        commits = [revision] if revision else [p.name for p in (folder / "snapshots").glob("*")]
+    snapshots = cached_snapshots(repo_id, revision, repo_type)
     for filename in filenames:
-        paths = [p for c in commits if (p := folder / "snapshots" / c / filename).is_file()]
-        if len(paths) > 1:
+        found = [f for s in snapshots if (f := cached_file(repo_id, s, filename, repo_type))]
+        if len(found) > 1:
             raise HubError(
-                f"{repo_id}: offline, and the cache holds {len(paths)} revisions "
-                f"({', '.join(sorted(commits))}). Set 'revision' to one of them."
+                f"{repo_id}: offline, and the cache holds {len(found)} revisions "
+                f"({', '.join(sorted(s.name for s in snapshots))}). Set 'revision' to one of them."
             )
-        if paths:
-            commit = paths[0].relative_to(folder / "snapshots").parts[0]
-            blob = paths[0].resolve()  # the cache names the blobs of large files by their sha256
-            sha256 = blob.name if SHA256.fullmatch(blob.name) else None
-            return HubFile(repo_id, commit, filename, blob.stat().st_size, sha256, repo_type)
+        if found:
+            return found[0]
     return None
 
 

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
-from huggingface_hub import HfApi, constants
-from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub import constants
 
 from pipeline.entries import DataSpec
 from pipeline.errors import DataError, HubError
-from pipeline.hub_file import COMMIT, SHA256, HubFile
-from pipeline.patience import patiently
+from pipeline.hub_file import COMMIT, HubFile
+from pipeline.hub_listing import cached_file, cached_snapshots, listed
 
 
 def files(
@@ -44,7 +42,7 @@ def files(
             return found
         revision = locked[0].commit
     if constants.HF_HUB_OFFLINE or COMMIT.fullmatch(revision or ""):
-        choices = [_choose(listed, split, data.files) for listed in _cached(repo, revision)]
+        choices = [_choose(held, split, data.files) for held in _cached(repo, revision)]
         whole = [found for found in choices if found and _is_whole(found, data.files)]
         if len(whole) > 1:
             raise HubError(
@@ -62,11 +60,11 @@ def files(
             "many there are, set files = their number.",
             unasked=True,
         )
-    listed = _listed(repo, revision, what)
-    found = _choose(listed, split, data.files)
+    held = listed(repo, revision, "dataset", what=what)
+    found = _choose(held, split, data.files)
     if found is not None:
         return found
-    splits = sorted({name for file in listed if (name := _split(file.filename))})
+    splits = sorted({name for file in held if (name := _split(file.filename))})
     raise DataError(
         f"{what}: expected the files of split {split!r} as data/{split}-00000-of-NNNNN.parquet, "
         f"whole and in one folder; found Parquet files of {', '.join(splits) or 'no split'}. "
@@ -89,10 +87,10 @@ def _is_whole(found: Sequence[HubFile], count: int | None) -> bool:
     return (count is not None and len(found) >= count) or "-of-" in found[0].filename
 
 
-def _choose(listed: Iterable[HubFile], split: str, count: int | None) -> tuple[HubFile, ...] | None:
+def _choose(held: Iterable[HubFile], split: str, count: int | None) -> tuple[HubFile, ...] | None:
     """The files of a split in order, or None unless they are whole and of one folder."""
     shards: dict[str, list[HubFile]] = {}
-    for file in sorted(listed, key=lambda file: file.filename):
+    for file in sorted(held, key=lambda file: file.filename):
         found = _split(file.filename)
         if found is not None and (found == split or found.endswith(f"/{split}")):
             shards.setdefault(found, []).append(file)
@@ -110,39 +108,12 @@ def _choose(listed: Iterable[HubFile], split: str, count: int | None) -> tuple[H
     return tuple(chosen[:wanted])
 
 
-def _listed(repo: str, revision: str | None, what: str) -> list[HubFile]:
-    info = patiently(
-        lambda: HfApi().dataset_info(repo, revision=revision, files_metadata=True), what=what
-    )
-    assert info.sha is not None
-    return [
-        HubFile(
-            repo, info.sha, sibling.rfilename, sibling.size,
-            sibling.lfs.sha256 if sibling.lfs else None, "dataset",
-        )
-        for sibling in info.siblings or ()
-    ]  # fmt: skip
-
-
 def _cached(repo: str, revision: str | None) -> list[list[HubFile]]:
     """What the cache holds of the repository at this revision; of each commit if none is given."""
-    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="dataset")
-    reference = folder / "refs" / (revision or constants.DEFAULT_REVISION)
-    if reference.is_file():
-        commits = [reference.read_text().strip()]
-    else:
-        commits = [revision] if revision else [p.name for p in (folder / "snapshots").glob("*")]
-    return [
-        [
-            _cached_file(repo, commit, path, folder / "snapshots" / commit)
-            for path in sorted((folder / "snapshots" / commit).rglob("*.parquet"))
-        ]
-        for commit in commits
-    ]
-
-
-def _cached_file(repo: str, commit: str, path: Path, snapshot: Path) -> HubFile:
-    blob = path.resolve()  # the cache names the blobs of large files by their sha256
-    sha256 = blob.name if SHA256.fullmatch(blob.name) else None
-    filename = path.relative_to(snapshot).as_posix()
-    return HubFile(repo, commit, filename, blob.stat().st_size, sha256, "dataset")
+    held = []
+    for snapshot in cached_snapshots(repo, revision, "dataset"):
+        paths = sorted(snapshot.rglob("*.parquet"))
+        names = [path.relative_to(snapshot).as_posix() for path in paths]
+        found = [cached_file(repo, snapshot, name, "dataset") for name in names]
+        held.append([file for file in found if file is not None])
+    return held

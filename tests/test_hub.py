@@ -22,9 +22,9 @@ from safetensors.torch import save
 
 from pipeline import patience
 from pipeline.errors import HubError
-from pipeline.hub import checkpoint_ref, download, fetch_fashion_mnist, resolve
+from pipeline.hub import download, fetch_fashion_mnist, resolve
 from pipeline.hub_file import identified
-from tasks.checkpoints import CheckpointError, load_checkpoint
+from tasks.checkpoints import CheckpointError, describe_timm, load_checkpoint
 from tasks.datasets import load_dataset
 
 NAME = "test_vit.r160_in1k"
@@ -83,7 +83,7 @@ def test_a_downloaded_model_gives_the_outputs_of_the_saved_one(
     hub: FakeHub, model: torch.nn.Module
 ) -> None:
     file = resolve(NAME)
-    ref = checkpoint_ref(NAME, file)
+    ref = describe_timm(NAME, identity=file.identity)
     loaded = load_checkpoint(
         ref.model_copy(update={"path": str(download(identified(ref.identity)))})
     )
@@ -99,7 +99,7 @@ def test_a_downloaded_model_gives_the_outputs_of_the_saved_one(
 
 def test_a_reference_names_its_file_again(hub: FakeHub) -> None:
     file = resolve(NAME)
-    again = identified(checkpoint_ref(NAME, file).identity)
+    again = identified(describe_timm(NAME, identity=file.identity).identity)
     assert (again.repo_id, again.commit, again.filename, again.sha256) == (
         file.repo_id,
         file.commit,
@@ -223,7 +223,9 @@ def test_weights_that_change_after_the_download_are_refused(hub: FakeHub, weight
     path = download(file)
     path.write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
     with pytest.raises(CheckpointError, match="expected sha256"):
-        load_checkpoint(checkpoint_ref(NAME, file).model_copy(update={"path": str(path)}))
+        load_checkpoint(
+            describe_timm(NAME, identity=file.identity).model_copy(update={"path": str(path)})
+        )
 
 
 def test_a_missing_repository_is_named(hub: FakeHub, pauses: list[float]) -> None:
