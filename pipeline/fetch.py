@@ -27,7 +27,6 @@ from tasks.checkpoints import CheckpointError, describe_timm
 from tasks.outline import outline
 
 NUM_THREADS = 4  # downloads at once: chosen; a hub's server sends faster to several
-BYTES_PER_PARAMETER = 4  # of weights in float32
 
 State = Literal["cached", "to fetch", "fetched", "failed"]
 
@@ -40,7 +39,7 @@ class Wanted:
         name: The checkpoint or split.
         files: Its files; empty where the hub could not say.
         num_bytes: Their size, None where it is not known.
-        is_estimate: Whether the size is a guess from the number of parameters.
+        is_estimate: Whether the size is a guess from the network's parameters and buffers.
         state: What is the case, or was done.
         reason: Why it failed.
     """
@@ -164,7 +163,6 @@ def _known(name: str, files: tuple[HubFile, ...]) -> Wanted:
 
 def _estimate(name: str) -> int | None:
     try:
-        network = outline(describe_timm(name, identity=""))
+        return outline(describe_timm(name, identity="")).weight_bytes
     except CheckpointError:
         return None
-    return BYTES_PER_PARAMETER * network.num_parameters

@@ -155,8 +155,6 @@ class _Progress:
 
     def ended(self, item: Wanted) -> None:
         """One of them is there, or has failed."""
-        if item.state == "failed":
-            self.console.warn(f"{item.name}: {item.reason}")
         if item.state == "cached":
             return
         self.num_done += 1

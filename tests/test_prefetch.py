@@ -142,6 +142,7 @@ def test_what_a_fetcher_cannot_get_is_left_to_the_unit(
     fetcher.fetch(gone)
     fetcher.fetch(file)
     wait_until(lambda: hub_cache.cached(file))
+    assert hub_cache.cached(gone) is None
 
 
 def wait_until(condition) -> None:
