@@ -45,7 +45,7 @@ from tasks.checkpoints import (
 )
 from tasks.datasets import TRAINING_SPLIT, DatasetError, transform_identity
 from tasks.outline import Outline, outline, outline_architecture
-from tasks.training import network_for
+from tasks.training_network import network_for
 
 
 def resolve(manifest: Manifest, store: Store, *, tentative: bool = False) -> Resolved:

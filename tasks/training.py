@@ -14,18 +14,17 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tasks.datasets import DatasetError, ImageDataset, sample_order, tensors
 from tasks.measurement import MeasurementError, Row
-from tasks.networks import build_network, timm_network, vit
 from tasks.random import generator
+from tasks.training_network import build, network_for
 from tasks.training_settings import TrainSettings
 
-__all__ = ["TrainSettings", "Trained", "network_for", "train"]
+__all__ = ["TrainSettings", "Trained", "train"]
 
 EVALUATION_BATCH = 500  # images per forward of an evaluation: memory, no number depends on it
 
@@ -85,7 +84,7 @@ def train(
     train_data = _to(device, tensors(train_set, data_config, indices=chosen))
     test_data = _to(device, tensors(test_set, data_config))
     with _deterministic(settings.seed, device):
-        model = _build(architecture, model_args).to(device)
+        model = build(architecture, model_args).to(device)
         rows = _optimize(settings, model, train_data, test_data, progress)
         final = {
             name: _evaluate(settings, model, data)
@@ -98,28 +97,6 @@ def train(
     gap = 100 * (final["train"][1] - final["test"][1])
     rows.append(Row("generalization_gap", gap))
     return Trained(model.cpu(), architecture, model_args, data_config, rows)
-
-
-def network_for(
-    settings: TrainSettings, train_set: ImageDataset
-) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Architecture, its arguments and data configuration that the settings mean for these images.
-
-    Raises:
-        DatasetError: If the network does not fit the images.
-    """
-    data_config = _data_config(settings, train_set)
-    try:
-        architecture, model_args = _architecture(settings, train_set, data_config)
-        with torch.device("meta"):  # no memory and no random number: only the sizes are tried
-            _build(architecture, model_args).eval()(torch.empty(1, *data_config["input_size"]))
-    # What constructors raise when sizes do not fit them or each other.
-    except (AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        name = settings.architecture or settings.network
-        raise DatasetError(
-            f"network {name!r} on the images of {train_set.name}: {error}"
-        ) from error
-    return architecture, model_args, data_config
 
 
 def _optimize(
@@ -226,45 +203,6 @@ def _evaluate(
         loss += float(_loss(settings, logits, targets).double().sum())
         correct += int((logits.argmax(1) == labels).sum())
     return loss / len(data[1]), correct / len(data[1])
-
-
-def _data_config(settings: TrainSettings, train_set: ImageDataset) -> dict[str, Any]:
-    image = train_set.image(0)
-    if image.width != image.height:
-        raise DatasetError(
-            f"{train_set.name}: training needs square images, found {image.width}×{image.height}"
-        )
-    channels = 1 if image.mode == "L" else 3
-    # The paper's networks see pixels / 255; timm's values in [-1, 1], as most of them do.
-    mean, std = (0.5, 0.5) if settings.network in ("vit", "timm") else (0.0, 1.0)
-    size = settings.img_size or image.height
-    return {
-        "input_size": (channels, size, size),
-        "interpolation": "bicubic",
-        "crop_pct": 1.0,
-        "crop_mode": "center",
-        "mean": (mean,) * channels,
-        "std": (std,) * channels,
-    }
-
-
-def _architecture(
-    settings: TrainSettings, train_set: ImageDataset, data_config: dict[str, Any]
-) -> tuple[str, dict[str, Any]]:
-    channels, size, _ = data_config["input_size"]
-    sizes = {"in_chans": channels, "img_size": size, "num_classes": train_set.num_classes}
-    if settings.network == "vit":
-        return vit(**sizes, **settings.network_args())
-    if settings.network == "timm":
-        assert settings.architecture is not None
-        return timm_network(settings.architecture, sizes, settings.model_args or {})
-    return f"flatcensus_{settings.network}", sizes | settings.network_args()
-
-
-def _build(architecture: str, model_args: dict[str, Any]) -> nn.Module:
-    if architecture.startswith("flatcensus_"):
-        return build_network(architecture, model_args)
-    return timm.create_model(architecture, **model_args)
 
 
 def _num_outputs(model: nn.Module) -> int:

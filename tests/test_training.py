@@ -15,6 +15,7 @@ from tasks.checkpoints import describe_local, load_checkpoint, save_checkpoint
 from tasks.datasets import DatasetError, ImageDataset, load_dataset, tensors
 from tasks.measurement import MeasurementError, Row
 from tasks.training import TrainSettings, train
+from tasks.training_network import network_for
 
 TRAIN, TEST = (load_dataset("digits", split=split) for split in ("train", "test"))
 TINY_VIT = {"network": "vit", "width": 8, "depth": 1, "heads": 2, "patch_size": 4, "steps": 6}
@@ -309,9 +310,9 @@ def test_sets_of_different_classes_are_refused() -> None:
 
 
 def test_paper_networks_see_pixels_over_255_and_the_vit_is_centred() -> None:
-    _, _, config = training.network_for(settings(), TRAIN)
+    _, _, config = network_for(settings(), TRAIN)
     inputs, _ = tensors(TRAIN, config)
     assert (inputs.min().item(), inputs.max().item()) == (0.0, 1.0)
-    _, _, config = training.network_for(settings(**TINY_VIT), TRAIN)
+    _, _, config = network_for(settings(**TINY_VIT), TRAIN)
     inputs, _ = tensors(TRAIN, config)
     assert (inputs.min().item(), inputs.max().item()) == (-1.0, 1.0)
