@@ -13,13 +13,14 @@ from pipeline.device_classes import DeviceClass, device_class
 from pipeline.entries import ResourceSpec
 from pipeline.specs import Spec
 from tasks.block import Block
-from tasks.work import Work, images_at_once, self_test_work, unit_work
+from tasks.work import Work, images_at_once, peak_bytes, self_test_work, unit_work
 
 TRAINING_FORWARDS = 3.0  # a training step in forwards of its batch
 # An operator reads about two tensors of the size that it writes; chosen.
 TRAFFIC = 3.0
 SECONDS_PER_UNIT = 0.05  # rows, shard and record; measured with `make bench`
 SECONDS_PER_IMAGE = 5e-3  # decoding and resizing a photograph on a core; chosen
+PROCESS_BYTES = 1.1e9  # torch, timm and workspaces beside networks; measured on a CPU
 LOAD_SECONDS, LOAD_RATE = 1.0, 2e8  # building a network; reading, checking and copying its weights
 
 
@@ -91,6 +92,16 @@ def set_up_work(spec: Spec) -> Work:
 def load_seconds(spec: Spec) -> float:
     """Seconds for building a network and reading its weights from a disk."""
     return 0.0 if spec.ref is None else LOAD_SECONDS + spec.network.weight_bytes / LOAD_RATE
+
+
+def unit_bytes(spec: Spec, batch_size: int, itemsize: int) -> int | None:
+    """Predicted peak memory of a unit's process or, on a GPU, of its device; None for trainings."""
+    if spec.entry is None:
+        return None
+    needed = peak_bytes(
+        spec.entry.measurement, spec.network, batch_size=batch_size, itemsize=itemsize
+    )
+    return int(PROCESS_BYTES + needed)
 
 
 def seconds_per_index(spec: Spec, resources: ResourceSpec) -> float:

@@ -208,3 +208,8 @@ class Manifest:
     root: Path
     text: str
     lock_path: Path | None = None  # of the file that it was read from
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number in ``dtype``."""
+        return 8 if self.dtype == "float64" else 4

@@ -6,21 +6,27 @@ grow stage by stage: when a stage's rows are complete, its rows decide whether t
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from pipeline.calibration import Calibration, calibrate, finished_units
-from pipeline.cost import block_work, nominal_rates, seconds_per_index, slot_device, slot_share
+from pipeline.cost import (
+    nominal_rates,
+    seconds_per_index,
+    slot_device,
+    slot_share,
+    unit_bytes,
+)
 from pipeline.coverage import missing_blocks, without
 from pipeline.entries import Manifest, ResourceSpec
 from pipeline.hub_file import HubFile
 from pipeline.resolve import resolve
 from pipeline.shards import Quarantined, ShardName, list_shards
-from pipeline.specs import Resolved, Spec, Task, Unresolved
+from pipeline.specs import Resolved, Spec, Unresolved
 from pipeline.store import Store
 from pipeline.tables import stage_columns
+from pipeline.units import Terms, UnitGroup, Units, unit_size
 from tasks.block import Block
 
 State = Literal["done", "todo", "failed"]
@@ -52,7 +58,7 @@ class Plan:
     """Everything a manifest wants, in the order of the manifest."""
 
     specs: tuple[SpecPlan, ...]
-    units: tuple[Task, ...]
+    units: Units
     unresolved: tuple[Unresolved, ...]
     waiting: tuple[str, ...]
     stale: tuple[str, ...]
@@ -62,7 +68,7 @@ class Plan:
     @property
     def predicted_seconds(self) -> float:
         """Sum over the units to do, in seconds of one slot."""
-        return sum(unit.predicted_seconds for unit in self.units)
+        return self.units.predicted_seconds
 
     @property
     def num_failed(self) -> int:
@@ -101,18 +107,19 @@ def make_plan(
                 manifest, store, resolved=resolved, retry_failed=retry_failed, decisions=decisions
             )
     calibration = _calibration(resolved, store, present, manifest.resources)
+    terms = Terms(manifest.seed, store.uri, manifest.resources, calibration.rates)
     planned_blocks: dict[str, list[Block]] = {}
-    units: list[Task] = []
+    groups: list[UnitGroup] = []
     for item in specs:
         # Equal networks, or twins that differ in coverage alone, share their units.
         known = planned_blocks.setdefault(item.spec.key, [])
-        todo = without(item.todo, known)
-        units += _units(item, todo, manifest, store, present, calibration)
+        if todo := without(item.todo, known):
+            groups.append(_group(item, todo, terms, present, manifest.itemsize))
         known += item.todo
     planned = {item.spec.key for item in specs}
     return Plan(
         specs=tuple(specs),
-        units=tuple(units),
+        units=Units(tuple(groups)),
         unresolved=resolved.unresolved,
         waiting=tuple(ref.entry.name for ref in resolved.untrained),
         stale=tuple(sorted(key for key in present if key not in planned)),
@@ -198,70 +205,21 @@ def _reason(stage: int, have: Sequence[Block], failed: Sequence[Block], retry_fa
     return "some samples missing" if have else "no result with these settings"
 
 
-def _units(
+def _group(
     item: SpecPlan,
     todo: Sequence[Block],
-    manifest: Manifest,
-    store: Store,
+    terms: Terms,
     present: Mapping[str, Sequence[ShardName]],
-    calibration: Calibration,
-) -> Iterator[Task]:
-    spec, resources = item.spec, manifest.resources
-    if not todo:
-        return
-    device: Literal["cpu", "cuda"] = "cuda" if resources.num_gpus > 0 else "cpu"
-    size = unit_size(spec, seconds_per_index(spec, resources), resources)
+    itemsize: int,
+) -> UnitGroup:
+    """What is to do of a spec, to be cut into units."""
+    spec, resources = item.spec, terms.resources
     generation = 1 + max(
         (n.generation for n in present.get(spec.key, ()) if n.generation is not None), default=-1
     )
-    for gap in todo:
-        for piece in split(gap, size, item.wanted):
-            seconds = calibration.rates.seconds(
-                block_work(spec, piece, resources.batch_size),
-                num_images=0 if spec.entry is None else len(piece.samples),
-                share=slot_share(resources),
-            )
-            yield Task(
-                spec=spec, block=piece, seed=manifest.seed, store=store.uri,
-                batch_size=resources.batch_size, threads=resources.num_cpus, device=device,
-                predicted_seconds=seconds, generation=generation,
-            )  # fmt: skip
-
-
-def unit_size(spec: Spec, per_index: float, resources: ResourceSpec) -> int:
-    """Pairs of sample and draw per unit: about ``unit_seconds`` of work, whole batches and groups.
-
-    Where one batch takes longer than that, a unit is a part of a batch that tiles it, and of whole
-    groups still: a crash must not cost hours because the batch size leaves much to do at once.
-
-    Depends on the manifest and on nominal rates alone, never on what was measured, so that a
-    resumed run cuts the same units.
-    """
-    if spec.entry is None:
-        return 1
-    align, batch = spec.alignment, math.lcm(spec.alignment, resources.batch_size)
-    fitting = int(resources.unit_seconds / per_index)
-    if fitting >= batch:
-        return fitting // batch * batch
-    parts = (size for size in range(align, fitting + 1, align) if batch % size == 0)
-    return max(parts, default=align)
-
-
-def split(gap: Block, size: int, wanted: Block) -> Iterator[Block]:
-    """Cut a gap at multiples of ``size`` samples, or of whole draws where several fit into a unit.
-
-    Cuts lie on a grid that depends on the wanted block alone, so gaps of any shape are cut alike.
-    """
-    num_samples = len(wanted.samples)
-    draws_at_once = max(1, size // num_samples)
-    for draws in _cut(gap.draws, draws_at_once):
-        for samples in _cut(gap.samples, min(size, num_samples)):
-            yield Block(samples, draws)
-
-
-def _cut(whole: range, size: int) -> Iterator[range]:
-    start = whole.start
-    while start < whole.stop:
-        stop = min(whole.stop, (start // size + 1) * size)
-        yield range(start, stop)
-        start = stop
+    return UnitGroup(
+        spec=spec, gaps=tuple(todo), wanted=item.wanted,
+        size=unit_size(spec, seconds_per_index(spec, resources), resources),
+        terms=terms, generation=generation,
+        predicted_bytes=unit_bytes(spec, resources.batch_size, itemsize),
+    )  # fmt: skip

@@ -12,15 +12,14 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from pipeline.cost import load_seconds, set_up_work, slot_device, slot_share
+from pipeline.cost import load_seconds, set_up_work, slot_device, slot_share, unit_bytes
 from pipeline.durations import duration, size
 from pipeline.entries import ResourceSpec
 from pipeline.labels import counted
 from pipeline.plan import Plan, SpecPlan
 from pipeline.specs import Spec
-from tasks.work import peak_bytes
+from pipeline.units import UnitGroup
 
-PROCESS_BYTES = 1.1e9  # torch, timm and workspaces beside networks; measured on a CPU
 USABLE = 0.9  # share of a device's memory that fragmentation leaves; chosen
 
 
@@ -137,22 +136,23 @@ def cost_lines(cost: CostSummary) -> list[str]:
 
 def family_table(plan: Plan) -> pd.DataFrame:
     """One line per family and measurement: how many checkpoints, what is to do, predicted time."""
-    seconds: dict[str, list[float]] = defaultdict(list)
-    for unit in plan.units:
-        seconds[unit.spec.key].append(unit.predicted_seconds)
+    units: dict[str, list[UnitGroup]] = defaultdict(list)
+    for group in plan.units.groups:
+        units[group.spec.key].append(group)
     groups: dict[tuple[str, str], list[SpecPlan]] = defaultdict(list)
     for item in plan.specs:
         groups[item.spec.family, measurement_name(item.spec)].append(item)
     lines = []
     for (family, measurement), items in sorted(groups.items()):
-        times = [t for key in dict.fromkeys(i.spec.key for i in items) for t in seconds[key]]
+        todo = [g for key in dict.fromkeys(i.spec.key for i in items) for g in units[key]]
         states = Counter(item.state for item in items)
         lines.append(
             {
                 "family": family, "measurement": measurement, "checkpoints": len(items),
                 "done": states["done"], "todo": states["todo"], "failed": states["failed"],
-                "units": len(times), "seconds": round(sum(times), 1),
-                "longest_unit": round(max(times, default=0.0), 1),
+                "units": sum(map(len, todo)),
+                "seconds": round(sum(g.predicted_seconds for g in todo), 1),
+                "longest_unit": round(max((g.longest_seconds for g in todo), default=0.0), 1),
             }
         )  # fmt: skip
     columns = ["family", "measurement", "checkpoints", "done", "todo", "failed", "units",
@@ -175,27 +175,20 @@ def _first_of_each(todo: Sequence[SpecPlan], *, tested: bool) -> list[Spec]:
 
 
 def _peak(todo: Sequence[SpecPlan], resources: ResourceSpec, itemsize: int) -> Peak | None:
-    specs = [item.spec for item in todo if item.spec.entry is not None]
-    if not specs:
-        return None
     batch = resources.batch_size
+    needs = ((unit_bytes(s, batch, itemsize), s) for s in (item.spec for item in todo))
+    known = [(needed, spec) for needed, spec in needs if needed is not None]
+    if not known:
+        return None
+    most, worst = max(known, key=lambda pair: pair[0])
     device = slot_device(resources).memory_bytes
     room = None if device is None else device * USABLE * slot_share(resources)
-    worst = max(specs, key=lambda spec: unit_bytes(spec, batch, itemsize))
     fitting = None
     if room is not None:
         halves = [batch >> k for k in range(batch.bit_length())]
-        fitting = next((b for b in halves if unit_bytes(worst, b, itemsize) <= room), 0)
+        fitting = next((b for b in halves if (unit_bytes(worst, b, itemsize) or 0) <= room), 0)
     name = f"{worst.checkpoint} {measurement_name(worst)}"
-    return Peak(name, unit_bytes(worst, batch, itemsize), room, batch, fitting)
-
-
-def unit_bytes(spec: Spec, batch_size: int, itemsize: int) -> float:
-    """Predicted peak memory of a unit's process."""
-    assert spec.entry is not None
-    return PROCESS_BYTES + peak_bytes(
-        spec.entry.measurement, spec.network, batch_size=batch_size, itemsize=itemsize
-    )
+    return Peak(name, most, room, batch, fitting)
 
 
 def _peak_line(peak: Peak) -> str:

@@ -61,5 +61,5 @@ def plan_cost(run: Run, plan: Plan) -> CostSummary:
         for key, files in plan.files.items()
         if key.startswith("timm:") and all(file.size is not None for file in files)
     }
-    itemsize = 8 if run.manifest.dtype == "float64" else 4
-    return summarize_cost(plan, run.manifest.resources, itemsize=itemsize, file_sizes=sizes)
+    manifest = run.manifest
+    return summarize_cost(plan, manifest.resources, itemsize=manifest.itemsize, file_sizes=sizes)

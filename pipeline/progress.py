@@ -13,22 +13,23 @@ from pipeline.labels import counted
 from pipeline.plan import Plan
 from pipeline.plan_summary import measurement_name
 from pipeline.store import Store
+from pipeline.units import UnitGroup
 
 SPEC_FOLDER = "specs"
 
 
 def plan_table(plan: Plan) -> pd.DataFrame:
     """One line per spec: what it would do and why, and what to know before it does."""
-    units: dict[str, list[float]] = defaultdict(list)
-    for unit in plan.units:
-        units[unit.spec.key].append(unit.predicted_seconds)
+    units: dict[str, list[UnitGroup]] = defaultdict(list)
+    for group in plan.units.groups:
+        units[group.spec.key].append(group)
     lines = [
         {
             "checkpoint": item.spec.checkpoint,
             "measurement": measurement_name(item.spec),
             "state": item.state,
-            "units": len(units[item.spec.key]),
-            "seconds": round(sum(units[item.spec.key]), 1),
+            "units": sum(map(len, units[item.spec.key])),
+            "seconds": round(sum(g.predicted_seconds for g in units[item.spec.key]), 1),
             "reason": item.reason,
             "note": "" if item.state == "done" else item.spec.note,
         }
@@ -69,7 +70,9 @@ def status_table(plan: Plan) -> pd.DataFrame:
             measurement_name(item.spec), dict.fromkeys(("done", "todo", "failed"), 0)
         )
         line[item.state] += 1
-    units = Counter(measurement_name(unit.spec) for unit in plan.units)
+    units: Counter[str] = Counter()
+    for group in plan.units.groups:
+        units[measurement_name(group.spec)] += len(group)
     lines = [
         {"measurement": name, **line, "waiting": 0, "units_todo": units[name]}
         for name, line in counts.items()

@@ -38,7 +38,8 @@ class Spec:
     """One row of the plan: a key, its fields, and how to measure.
 
     ``label_map`` holds the network's output for each class of the data, None where they are the
-    same; ``data_files`` are the hub's files of each split, for workers to open.
+    same; ``data_files`` are the hub's files of each split, for workers to open. ``stored`` is the
+    key of the folder in the store that holds a checkpoint which this run trained.
     """
 
     key: str
@@ -60,6 +61,7 @@ class Spec:
     label_map: tuple[int, ...] | None = None
     with_labels: bool = True
     data_files: Mapping[str, tuple[HubFile, ...]] = field(default_factory=dict)
+    stored: str | None = None
 
     def stages(self) -> list[Block]:
         """Growing blocks of samples and draws; a training is one unit."""
@@ -107,7 +109,11 @@ class Spec:
 
 @dataclass(frozen=True)
 class Task:
-    """One unit as a worker gets it: a spec, a block, and the circumstances of this attempt."""
+    """One unit as a worker gets it: a spec, a block, and the circumstances of this attempt.
+
+    ``predicted_bytes`` is the peak memory of its process or, on a GPU, of its device, at the
+    planned batch size; None where it is not predicted.
+    """
 
     spec: Spec
     block: Block
@@ -117,6 +123,7 @@ class Task:
     threads: int
     device: Literal["cpu", "cuda"]
     predicted_seconds: float
+    predicted_bytes: int | None = None
     attempt: int = 1
     generation: int = 0
     bisected: bool = False

@@ -16,13 +16,16 @@ import pytest
 from commands import call
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from populations import Quiet, save_mlp, write_manifest
+from populations import DATA_CONFIG, MLP_ARGS, Quiet, save_mlp, write_manifest
 from synthetic import Layered
 
 from pipeline.calibration import MAX_RECORDS, finished_units
+from pipeline.cost import nominal_rates
 from pipeline.coverage import missing_blocks
+from pipeline.device_classes import device_class
+from pipeline.entries import DataSpec, MeasurementEntry
 from pipeline.manifest import ResourceSpec
-from pipeline.plan import make_plan, split, unit_size
+from pipeline.plan import make_plan
 from pipeline.progress import (
     SPEC_FOLDER,
     numbered_notes,
@@ -33,7 +36,11 @@ from pipeline.progress import (
 from pipeline.resolve import resolve
 from pipeline.run import Run, execute, start_run
 from pipeline.shards import list_shards, shard_key
+from pipeline.specs import Spec
+from pipeline.units import Terms, UnitGroup, Units, split, unit_size
+from tasks.adaptive_sharpness import AdaptiveSharpness
 from tasks.block import Block
+from tasks.outline import outline_architecture
 from tasks.registry import METRICS
 
 MLS = '[[measurements]]\nmetric = "normalized_mls"\n'
@@ -43,6 +50,15 @@ UNREACHABLE = SHARPNESS + "target_relative_stderr = 1e-9\nmax_draws = {draws}\n"
 blocks = st.builds(
     lambda a, b, c, d: Block(range(a, a + b), range(c, c + d)),
     st.integers(0, 60), st.integers(1, 40), st.integers(0, 6), st.integers(1, 4),
+)  # fmt: skip
+
+
+RATES = nominal_rates(device_class("cpu", num_gpus=0))
+SHARPNESS_SPEC = Spec(
+    key="k", kind="measure", checkpoint="c", family="f", tag="", metric="adaptive_sharpness",
+    label="", fields={}, ref=None, entry=MeasurementEntry(AdaptiveSharpness(), ""), train=None,
+    data=DataSpec(name="digits"), data_identity="d", available=64, num_samples=64,
+    network=outline_architecture("flatcensus_mlp", MLP_ARGS, DATA_CONFIG),
 )  # fmt: skip
 
 
@@ -76,6 +92,40 @@ def test_units_tile_exactly_what_is_missing(have, samples, draws, size):
     found = pairs(units)
     assert len(found) == len(set(found)), "a pair is done twice"
     assert set(found) == set(pairs([wanted])) - set(pairs(have))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(blocks, max_size=6), st.integers(1, 64), st.integers(1, 6), st.integers(1, 300)
+)  # fmt: skip
+def test_a_group_knows_what_its_units_add_up_to_without_making_them(have, samples, draws, size):
+    wanted = Block(range(samples), range(draws))
+    terms = Terms(seed=0, store="run", resources=ResourceSpec(), rates=RATES)
+    gaps = tuple(missing_blocks(wanted, have))
+    group = UnitGroup(SHARPNESS_SPEC, gaps, wanted, size, terms, generation=2, predicted_bytes=9)
+    units = list(group)
+    assert len(group) == len(units) == len(Units((group,)))
+    seconds = [unit.predicted_seconds for unit in units]
+    assert group.predicted_seconds == pytest.approx(sum(seconds), rel=1e-12)
+    assert group.longest_seconds == max(seconds, default=0.0)
+    for unit in units:
+        assert unit.predicted_seconds == terms.seconds(SHARPNESS_SPEC, unit.block)
+        assert (unit.generation, unit.predicted_bytes) == (2, 9)
+
+
+def test_units_are_counted_over_their_groups_in_order():
+    terms = Terms(seed=0, store="run", resources=ResourceSpec(), rates=RATES)
+    parts = [Block(range(5)), Block(range(5, 6)), Block(range(6, 12))]
+    groups = [UnitGroup(SHARPNESS_SPEC, (b,), Block(range(12)), 2, terms) for b in parts]
+    units = Units(tuple(groups))
+    assert len(units) == len(list(units)) == 7
+    assert [units[i] for i in range(7)] == list(units)
+    with pytest.raises(IndexError, match="only 7 units"):
+        units[7]
+    assert not Units()
+    million = UnitGroup(SHARPNESS_SPEC, (whole := Block(range(10**12)),), whole, 2, terms)
+    assert len(million) == 5 * 10**11
+    assert next(iter(million)).block == Block(range(2))
 
 
 @settings(max_examples=100, deadline=None)
