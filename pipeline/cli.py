@@ -7,7 +7,6 @@ answers at once. Knobs belong in the manifest; options here only say where and h
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -286,10 +285,10 @@ def report(run: RunArg, as_json: JsonOption = False) -> int:
     opened = open_run(run)
     current, tables = opened.reduce()
     written = write_outputs(opened, current, tables)
-    console.data({"report": str(written[0]), "files": [str(path) for path in written]})
+    console.data({"report": written[0], "files": written})
     if not as_json:
-        for path in written:
-            console.out.print(escape(relative(str(path))))
+        for place in written:
+            console.out.print(escape(relative(place)))
     _show_bounds(console, run, tables.bounds)
     if current.num_failed:
         console.next_step(f"flatcensus query {shown(run)} failures", "why some failed")
@@ -372,7 +371,7 @@ def _launch(
     return EXIT_OK
 
 
-def _show_results(console: Console, tables: Any, lines: list[str], files: list[Path]) -> None:
+def _show_results(console: Console, tables: Any, lines: list[str], files: list[str]) -> None:
     shown = ["x", "y", "group", "method", "r", "ci_low", "ci_high", "n", "n_missing"]
     pooled = tables.correlations["group"].isin(["all", "within"])
     if len(tables.correlations):
@@ -381,7 +380,7 @@ def _show_results(console: Console, tables: Any, lines: list[str], files: list[P
         console.table(tables.summary)
     for line in lines:
         console.say(line)
-    console.say(f"report: {relative(str(files[0]))}")
+    console.say(f"report: {relative(files[0])}")
 
 
 def _show_bounds(console: Console, run: str, bounds: Any, *, when: str = "") -> None:

@@ -16,11 +16,13 @@ import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from pipeline.errors import StoreError
-from pipeline.store import MissingKeyError, validated
+from pipeline.store import Entry, MissingKeyError, validated
 
 _TEMPORARY = ".tmp-"
+_TRIES = 5  # to make a directory that others keep removing: chosen
 _DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -36,7 +38,7 @@ class LocalStore:
         return str(self.root)
 
     def path(self, key: str) -> Path:
-        """See Store."""
+        """The file of this key, whether or not it exists."""
         return self.root / validated(key)
 
     def put_new(self, key: str, data: bytes) -> bool:
@@ -76,6 +78,17 @@ class LocalStore:
         keys = (start + name for name in self._names(self.root / folder) if not _is_hidden(name))
         return sorted(key for key in keys if key.startswith(prefix))
 
+    def entries(self, prefix: str = "") -> list[Entry]:
+        """See Store."""
+        found = []
+        for key in self.list(prefix):
+            path = self.root / key
+            with _explained("look at", path), contextlib.suppress(FileNotFoundError):
+                stat = path.stat()
+                # Every publication is a new file, so the time's grain cannot hide a rewrite.
+                found.append(Entry(key, stat.st_size, f"{stat.st_mtime_ns}-{stat.st_ino}"))
+        return found
+
     def move(self, key: str, new_key: str) -> bool:
         """See Store."""
         source, target = self.path(key), self.path(new_key)
@@ -90,15 +103,25 @@ class LocalStore:
             _fsync_directory(source.parent)
         return True
 
+    def delete(self, key: str) -> None:
+        """See Store. Not flushed to disk: what a power cut brings back can be removed again."""
+        path = self.path(key)
+        with _explained("remove", path):
+            path.unlink(missing_ok=True)
+            if path.parent != self.root:
+                with contextlib.suppress(OSError):  # not empty, or somebody else was faster
+                    path.parent.rmdir()
+
+    def local_folder(self, prefix: str) -> Path:
+        """See Store."""
+        return self.path(prefix)
+
     def probe(self) -> None:
         """See Store."""
         key = f"probe/{secrets.token_hex(8)}"
         first, second = self.put_new(key, b"first"), self.put_new(key, b"second")
         found = self.get(key)
-        with _explained("remove", self.path(key)):
-            self.path(key).unlink()
-            with contextlib.suppress(OSError):  # another launch is probing at this moment
-                self.path("probe").rmdir()
+        self.delete(key)
         if (first, second, found) != (True, False, b"first"):
             raise StoreError(
                 f"the file system of {self.root} does not keep a file from being created twice "
@@ -149,16 +172,25 @@ def _is_hidden(name: str) -> bool:
 @contextlib.contextmanager
 def _written_aside(final: Path, data: bytes) -> Iterator[Path]:
     """Write data durably under a hidden name beside ``final``; the name is gone afterwards."""
-    _make_directory(final.parent)
     temporary = final.with_name(f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}")
     try:
-        with temporary.open("xb") as file:
+        with _created(temporary) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _created(path: Path) -> BinaryIO:
+    """A new file, and its directory; another process may remove that while it is empty."""
+    for _ in range(_TRIES):
+        with contextlib.suppress(FileNotFoundError):
+            _make_directory(path.parent)
+            return path.open("xb")
+    _make_directory(path.parent)
+    return path.open("xb")
 
 
 def _link(source: Path, target: Path) -> bool:

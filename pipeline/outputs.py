@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import tempfile
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,43 +20,55 @@ from pipeline.report import finding, write_report
 from pipeline.run import Run
 from pipeline.versions import versions
 
+REPORT, FIGURES = "report.html", "figures"
 
-def write_outputs(run: Run, plan: Plan, tables: Tables) -> list[Path]:
+
+def write_outputs(run: Run, plan: Plan, tables: Tables) -> list[str]:
     """Draw the figures, remove those of pairs that are no more, and write the report.
 
     Returns:
-        The report first, then the figures.
+        Where they are: the report first, then the figures.
     """
+    store = run.store
+    with tempfile.TemporaryDirectory(prefix="flatcensus-") as folder:
+        figures = _drawn(run, tables, Path(folder))
+        html = write_report(
+            None,
+            title=run.manifest.name,
+            manifest_toml=run.manifest.text,
+            summary=tables.summary,
+            correlations=tables.correlations,
+            pair_plot=run.manifest.pair_plot,
+            matrix=tables.matrix,
+            bounds=tables.bounds,
+            num_layer_lines=len(tables.layers),
+            units=tables.units,
+            failures=tables.failures,
+            checks=_checks(plan, tables),
+            figures=figures,
+            provenance=_provenance(run, plan, tables),
+        )
+        contents = {REPORT: html.encode()}
+        contents |= {f"{FIGURES}/{figure.name}": figure.read_bytes() for figure in figures}
+    for key, content in contents.items():
+        store.put(key, content)
+    for key in store.list(f"{FIGURES}/"):
+        if "_against_" in key and key not in contents:
+            store.delete(key)  # of a pair that left the manifest: nothing would say how old it is
+    return [f"{store.uri}/{key}" for key in contents]
+
+
+def _drawn(run: Run, tables: Tables, folder: Path) -> list[Path]:
+    """All figures of a run, as files in a folder."""
     figures: list[Path] = []
-    folder = run.store.path("figures")
-    folder.mkdir(parents=True, exist_ok=True)
     for pair in run.manifest.correlations:
         stem = folder / _named(pair)
         figures += scatter(tables.summary, pair, tables.correlations, stem, pdf=True)
-    for path in set(folder.glob("*_against_*")) - set(figures):
-        path.unlink()  # of a pair that left the manifest: nothing would say how old it is
     stem = folder / "pair_plot"
     if run.manifest.pair_plot:
         figures += pair_plot(tables.summary, run.manifest.pair_plot, tables.matrix, stem, pdf=True)
     figures += bounds_figure(tables.bounds, stem.with_name("bounds"), pdf=True)
-    report = run.store.path("report.html")
-    write_report(
-        report,
-        title=run.manifest.name,
-        manifest_toml=run.manifest.text,
-        summary=tables.summary,
-        correlations=tables.correlations,
-        pair_plot=run.manifest.pair_plot,
-        matrix=tables.matrix,
-        bounds=tables.bounds,
-        num_layer_lines=len(tables.layers),
-        units=tables.units,
-        failures=tables.failures,
-        checks=_checks(plan, tables),
-        figures=figures,
-        provenance=_provenance(run, plan, tables),
-    )
-    return [report, *figures]
+    return figures
 
 
 def _named(pair: CorrelationPair) -> str:

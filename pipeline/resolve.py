@@ -82,13 +82,15 @@ def resolve(manifest: Manifest, store: Store, *, tentative: bool = False) -> Res
         training = datasets.training(manifest, images)
     unresolved: list[Unresolved] = []
     untrained: list[TrainedRef] = []
+    stored: dict[str | None, str] = {}
     for entry in manifest.train:
         spec = _train_spec(entry, datasets)
         specs.append(spec)
         if not store.exists(shard_key(spec.key, TRAINING_BLOCK)):
             untrained.append(TrainedRef(entry, spec.key))
             continue
-        directory = store.path(checkpoint_folder(spec.key))
+        directory = store.local_folder(checkpoint_folder(spec.key))
+        stored[str(directory)] = checkpoint_folder(spec.key)
         refs.extend(_described(directory, entry.name, entry.family, unresolved))
     for entry, paths in manifest.local:
         for path in paths:
@@ -129,7 +131,8 @@ def resolve(manifest: Manifest, store: Store, *, tentative: bool = False) -> Res
                 )
                 for entry in manifest.measurements
             ]
-            specs += [replace(spec, data_files=pinned) for spec in measured]
+            where = stored.get(ref.path)
+            specs += [replace(spec, data_files=pinned, stored=where) for spec in measured]
     return Resolved(tuple(specs), tuple(unresolved), tuple(untrained), files | datasets.files)
 
 

@@ -31,7 +31,7 @@ RUN_VERSION = 1
 # What a launch writes; anything else in a folder means that it is somebody else's.
 CONTENTS = frozenset((
     MANIFEST, RUN, FROZEN, LOCK, "specs", "shards", "checkpoints", "tables", "figures",
-    "report.html", "quarantine",
+    "report.html", "quarantine", "probe",
 ))  # fmt: skip
 TEMPORARY_SECONDS = 3600.0  # older temporaries belong to dead writers: chosen
 

@@ -231,9 +231,9 @@ def peek_record(store: Store, key: str) -> UnitRecord | None:
     For statistics over many shards that no number depends on.
     """
     try:
-        metadata = pq.read_metadata(store.path(key)).metadata or {}
+        metadata = pq.read_metadata(pa.BufferReader(store.get(key))).metadata or {}
         return UnitRecord.model_validate_json(metadata[_UNIT.encode()])
-    except (OSError, pa.ArrowInvalid, KeyError, pydantic.ValidationError):
+    except (MissingKeyError, pa.ArrowInvalid, KeyError, pydantic.ValidationError):
         return None
 
 

@@ -8,7 +8,7 @@ replaces atomically, for tables that can be derived again. There are no locks an
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 from urllib.parse import unquote, urlsplit
 
 from pipeline.errors import StoreError
@@ -18,6 +18,14 @@ _MAX_SEGMENT_BYTES = 255  # NAME_MAX of the common file systems
 
 class MissingKeyError(StoreError):
     """No object under this key, or not any more."""
+
+
+class Entry(NamedTuple):
+    """One object of a listing; ``stamp`` is another one whenever the object was rewritten."""
+
+    key: str
+    size: int
+    stamp: str
 
 
 class Store(Protocol):
@@ -48,12 +56,20 @@ class Store(Protocol):
         """All keys that begin with ``prefix``, sorted; never temporaries."""
         ...
 
+    def entries(self, prefix: str = "") -> list[Entry]:
+        """The same objects with sizes in bytes and stamps, sorted by key."""
+        ...
+
     def move(self, key: str, new_key: str) -> bool:
         """Rename unless ``new_key`` is taken: then False. Raises MissingKeyError."""
         ...
 
-    def path(self, key: str) -> Path:
-        """The local file of this key, whether or not it exists."""
+    def delete(self, key: str) -> None:
+        """Remove an object. No error if there is none."""
+        ...
+
+    def local_folder(self, prefix: str) -> Path:
+        """A directory on this machine with the objects below ``prefix``, to be read only."""
         ...
 
     def probe(self) -> None:

@@ -234,9 +234,12 @@ def _train(task: Task, bench: Workbench, store: Store) -> tuple[list[Row], dict[
 
 
 def _with_weights(task: Task) -> CheckpointRef:
-    """The reference with its weights on this node's disk: hub weights are fetched, pinned."""
+    """The reference with its weights on this node's disk, fetched if need be and pinned."""
     ref = task.spec.ref
     assert ref is not None
+    if task.spec.stored is not None:  # the planner's copy may lie on another machine
+        folder = open_store(task.store).local_folder(task.spec.stored)
+        return ref.model_copy(update={"path": str(folder)})
     if ref.source != "timm":
         return ref
     from pipeline.download import download
