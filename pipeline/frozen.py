@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pipeline.entries import DataSpec, Manifest
+from pipeline.errors import StoreError
 from pipeline.hub_file import UNLOCKED
 from pipeline.shards import shard_key
 from pipeline.specs import TRAINING_BLOCK, Resolved, Spec, TrainedRef, Unresolved
@@ -40,10 +41,23 @@ def freeze(resolved: Resolved, manifest: Manifest, store: Store) -> None:
 
 
 def thaw(manifest: Manifest, store: Store) -> Resolved | None:
-    """The specs that ``freeze`` kept, or None if they are not those of this run as it is now."""
+    """The specs that ``freeze`` kept, or None if they are not those of this run as it is now.
+
+    Raises:
+        StoreError: The file is not what ``freeze`` wrote.
+    """
     if not store.exists(FROZEN):
         return None
-    known = json.loads(store.get(FROZEN))
+    try:
+        return _thawed(json.loads(store.get(FROZEN)), manifest, store)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise StoreError(
+            f"{store.uri}/{FROZEN} is damaged ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]}). Delete it: the next launch or resume writes it again"
+        ) from error
+
+
+def _thawed(known: dict[str, Any], manifest: Manifest, store: Store) -> Resolved | None:
     trained = any(
         store.exists(shard_key(item["spec_key"], TRAINING_BLOCK)) for item in known["untrained"]
     )

@@ -38,8 +38,13 @@ class LocalStore:
         return str(self.root)
 
     def path(self, key: str) -> Path:
-        """The file of this key, whether or not it exists."""
-        return self.root / validated(key)
+        """The file of this key, whether or not it exists. Raises StoreError where a link leads."""
+        path = str(self.root)
+        for segment in validated(key).split("/"):
+            path = f"{path}/{segment}"
+            if os.path.islink(path):  # a stranger's run folder could lead us anywhere
+                raise StoreError(_sentence("use", Path(path), _LINK))
+        return Path(path)
 
     def put_new(self, key: str, data: bytes) -> bool:
         """See Store."""
@@ -72,10 +77,8 @@ class LocalStore:
     def list(self, prefix: str = "") -> list[str]:
         """See Store."""
         folder, _, _ = prefix.rpartition("/")
-        if folder:
-            validated(folder)
-        start = f"{folder}/" if folder else ""
-        keys = (start + name for name in self._names(self.root / folder) if not _is_hidden(name))
+        start, place = (f"{folder}/", self.path(folder)) if folder else ("", self.root)
+        keys = (start + name for name in self._names(place) if not _is_hidden(name))
         return sorted(key for key in keys if key.startswith(prefix))
 
     def entries(self, prefix: str = "") -> list[Entry]:
@@ -159,7 +162,7 @@ class LocalStore:
                 raise _explain("list", directory, error) from error
             with entries, _explained("list", directory):
                 for entry in entries:
-                    if entry.is_dir():
+                    if entry.is_dir(follow_symlinks=False):
                         pending.append(f"{relative}{entry.name}/")
                     else:
                         yield relative + entry.name
@@ -254,6 +257,10 @@ def _sentence(action: str, path: Path, reason: str) -> str:
     return f"cannot {action} {path}: {reason}. Then run the same command again."
 
 
+_LINK = (
+    "it is a symbolic link, and below a run folder none is followed. Put what it leads to in its "
+    "place; the run folder itself may be a link"
+)
 _REASONS = {
     errno.ENOSPC: "the disk is full. Free some space or move the run folder to a larger disk",
     errno.EDQUOT: "your disk quota is used up. Free some space or ask for more",

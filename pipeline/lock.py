@@ -16,7 +16,7 @@ from pathlib import Path
 import pydantic
 
 from pipeline.errors import StoreError
-from pipeline.hub_file import HubFile, url_file
+from pipeline.hub_file import SHA256, HubFile, url_file
 from pipeline.store import Store
 
 LOCK = "hub.lock.json"
@@ -129,7 +129,9 @@ def _has_place(file: HubFile) -> bool:
     if file.repo_type == "url":
         named = url_file(file.url)
         return named is not None and (named.commit, named.filename) == (file.commit, file.filename)
-    parts = file.filename.split("/")
+    if file.sha256 is not None and SHA256.fullmatch(file.sha256) is None:
+        return False  # names of partial downloads begin with it
+    parts = {*file.filename.split("/"), *file.repo_id.split("/")}
     return "/" not in file.commit and not {"", ".", ".."} & {file.commit, *parts}
 
 
