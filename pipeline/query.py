@@ -101,10 +101,13 @@ def run_sql(
     """
     try:
         statements = connection.extract_statements(sql)
+        kinds = [statement.type for statement in statements]
     except duckdb.Error as error:
         raise QueryError(_reason(error)) from error
-    if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
-        found = " then ".join(str(s.type).rpartition(".")[2] for s in statements) or "nothing"
+    except ValueError as error:  # a kind of statement that DuckDB's Python does not know
+        raise QueryError(f"a query is {_ALLOWED}; found another in {sql!r}") from error
+    if kinds != [duckdb.StatementType.SELECT]:
+        found = " then ".join(str(kind).rpartition(".")[2] for kind in kinds) or "nothing"
         raise QueryError(f"a query is {_ALLOWED}; found {found} in {sql!r}")
     return _rows(connection, statements[0].query, [], limit)
 
