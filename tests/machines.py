@@ -22,8 +22,9 @@ ids, IPC, /dev/shm and Ray session; disks are this host's, so any folder is a sh
 skips, and says why, where it cannot work. ``Node(ray=False)`` is a laptop: on the network, not in
 the cluster. The host itself has the bridge's address and reaches every machine.
 
-Logs are in ``cluster.folder``. Nothing is left behind: machines are found by a mark in the
-environment of their processes, and other clusters on this host are not touched (never ``ray stop``).
+Logs are in ``cluster.folder``, which KEEP_MACHINES=1 keeps. Nothing else is left behind: machines
+are found by a mark in the environment of their processes, and other clusters on this host are not
+touched (never ``ray stop``).
 """
 
 from __future__ import annotations

@@ -1,0 +1,56 @@
+"""What a cluster gets from here: this code, and settings that are no secrets.
+
+Ray carries the two packages to every process of a job, named by the hash of their content, and puts
+them before whatever is installed there. They travel as folders: a wheel would be installed on the
+nodes with all its dependencies, gigabytes of torch. The dependencies themselves are the nodes' own,
+and slots whose versions differ are refused (pipeline/ray_executor.py).
+
+Tokens and keys never travel, since everyone who sees Ray's dashboard can read what does: they come
+from the environment of the nodes.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from pipeline.errors import UsageError
+
+# Ray tells the processes of a submitted job by it; they have this code already.
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+PACKAGES = ("pipeline", "tasks")
+FORWARDED = (
+    "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET", "HF_HUB_DOWNLOAD_TIMEOUT",
+    "HF_HUB_ETAG_TIMEOUT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION",
+    "AWS_DEFAULT_REGION", "AWS_ALLOW_HTTP",
+)  # fmt: skip
+
+
+def runtime_env() -> dict[str, Any]:
+    """Ray's ``runtime_env`` for a whole job: code and settings; empty inside a submitted job.
+
+    Raises:
+        UsageError: A setting that would be forwarded holds a password.
+    """
+    if JOB_VARIABLE in os.environ:
+        return {}
+    here = Path(__file__).resolve().parent.parent
+    return {
+        "py_modules": [str(here / name) for name in PACKAGES],
+        "excludes": ["__pycache__"],
+        "env_vars": settings(),
+    }
+
+
+def settings() -> dict[str, str]:
+    """The variables of ``FORWARDED`` that are set here. Raises UsageError for passwords in them."""
+    found = {name: os.environ[name] for name in FORWARDED if name in os.environ}
+    for name, value in found.items():
+        if "@" in urlsplit(value).netloc:
+            raise UsageError(
+                f"{name} holds a password. It would be shown in the cluster's dashboard: take it "
+                "out here, and set it in the environment of the nodes (before `ray start`)"
+            )
+    return found
