@@ -7,7 +7,7 @@ answers at once. Knobs belong in the manifest; options here only say where and h
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -23,18 +23,14 @@ from pipeline.command import (
     reported,
     shown,
 )
-from pipeline.console import Console, ProgressDisplay
-from pipeline.durations import duration
+from pipeline.console import Console
 from pipeline.errors import (
     EXIT_ENVIRONMENT,
     EXIT_FAILED_UNITS,
-    EXIT_INTERRUPTED,
     EXIT_OK,
     UsageError,
 )
-
-if TYPE_CHECKING:
-    from pipeline.run import Run
+from pipeline.launching import launch_run, show_bounds
 
 app = typer.Typer(
     name="flatcensus",
@@ -63,7 +59,7 @@ def demo(run_folder: RunOption = None, on: OnOption = "local", as_json: JsonOpti
     console = Console(as_json=as_json)
     with demo_manifest() as path:
         run = start_run(path, run_folder)
-    return _launch(console, run, on=on)
+    return launch_run(console, run, on=on)
 
 
 @app.command("list")
@@ -128,7 +124,7 @@ def train(
     run = start_run(manifest, run_folder)
     if not run.manifest.train:
         raise UsageError(f"{manifest} has no [[train]] table. Measure with: flatcensus launch")
-    return _launch(Console(as_json=as_json), run, on=on, train_only=True)
+    return launch_run(Console(as_json=as_json), run, on=on, train_only=True)
 
 
 @app.command()
@@ -142,7 +138,7 @@ def launch(
     """Run a manifest to the end: train, measure, reduce, report. Again: continue."""
     from pipeline.run import start_run
 
-    return _launch(Console(as_json=as_json), start_run(manifest, run_folder), on=on)
+    return launch_run(Console(as_json=as_json), start_run(manifest, run_folder), on=on)
 
 
 @app.command()
@@ -151,7 +147,7 @@ def resume(run: RunArg, on: OnOption = "local", as_json: JsonOption = False) -> 
     """Continue a run from its folder alone, and try its failed units again."""
     from pipeline.run import open_run
 
-    return _launch(Console(as_json=as_json), open_run(run), on=on, retry_failed=True)
+    return launch_run(Console(as_json=as_json), open_run(run), on=on, retry_failed=True)
 
 
 @app.command()
@@ -169,7 +165,7 @@ def status(run: RunArg, as_json: JsonOption = False) -> int:
     current = opened.recall()
     console.table(status_table(current))
     show_unresolved(console, current)
-    _show_bounds(console, run, published_table(opened.store, "bounds"), when=", when last reduced")
+    show_bounds(console, run, published_table(opened.store, "bounds"), when=", when last reduced")
     if current.num_failed:
         console.next_step(f"flatcensus query {shown(run)} failures", "why they failed")
     elif current.units:
@@ -187,12 +183,12 @@ def verify(run: RunArg, as_json: JsonOption = False) -> int:
     from pipeline.console import table_of
     from pipeline.labels import counted
     from pipeline.run import open_run
-    from pipeline.run import verify as verify_store
     from pipeline.shards import list_shards
+    from pipeline.shards import verify as verify_store
 
     console = Console(as_json=as_json)
     store = open_run(run).store
-    quarantined = verify_store(store)
+    quarantined = verify_store(store, set())
     sound = sum(len(names) for names in list_shards(store).values())
     if quarantined or as_json:
         records = [item._asdict() for item in quarantined]
@@ -289,7 +285,7 @@ def report(run: RunArg, as_json: JsonOption = False) -> int:
     if not as_json:
         for place in written:
             console.out.print(escape(relative(place)))
-    _show_bounds(console, run, tables.bounds)
+    show_bounds(console, run, tables.bounds)
     if current.num_failed:
         console.next_step(f"flatcensus query {shown(run)} failures", "why some failed")
     else:
@@ -314,85 +310,3 @@ def doctor(on: OnOption = "local", as_json: JsonOption = False) -> int:
     if on != "inline":
         console.next_step("flatcensus doctor --on inline", "does this machine work without Ray?")
     return EXIT_ENVIRONMENT
-
-
-def _launch(
-    console: Console, run: Run, *, on: str, retry_failed: bool = False, train_only: bool = False
-) -> int:
-    """Run what is to do, then reduce and report; say what happened and what to do next."""
-    from pipeline.labels import counted
-    from pipeline.outputs import headline, write_outputs
-    from pipeline.plan_view import show_unresolved
-    from pipeline.run import execute
-
-    display = ProgressDisplay(console)
-    try:
-        result, quarantined = execute(
-            run, display, on=on, retry_failed=retry_failed, train_only=train_only
-        )
-    finally:
-        display.close()
-    for item in quarantined:
-        console.warn(f"{item.key} was damaged ({item.reason}); moved to {item.moved_to}")
-    for line in result.nondeterminism:
-        console.warn(f"nondeterminism: {line}")
-    folder = relative(run.store.uri)
-    resume = f"flatcensus resume {shown(folder)}" + ("" if on == "local" else f" --on {shown(on)}")
-    if result.interrupted:
-        console.warn(f"interrupted after {result.committed} units; nothing is lost")
-        console.next_step(resume, "continue")
-        return EXIT_INTERRUPTED
-    if result.committed == 0 and result.failed == 0:
-        console.say(f"nothing is left to do in {folder}")
-    else:
-        console.say(
-            f"{counted(result.committed, 'unit')} committed, {result.failed} failed, "
-            f"{result.retried} retried, {result.lost} lost with their slot, "
-            f"in {duration(result.seconds)}"
-        )
-    current, tables = run.reduce()
-    if not train_only:
-        files = write_outputs(run, current, tables)
-        _show_results(console, tables, headline(tables), files)
-        _show_bounds(console, folder, tables.bounds)
-    show_unresolved(console, current)
-    if current.num_failed:
-        failures = f"flatcensus query {shown(folder)} failures"
-        console.warn(f"{current.num_failed} failed: {failures}")
-        if current.num_failed > len(current.unresolved):
-            console.next_step(resume, "try the failed ones again")
-        else:  # the run folder keeps the manifest as it was
-            console.next_step(failures, "mend the causes, then launch the manifest again")
-        return EXIT_FAILED_UNITS
-    if train_only:
-        console.next_step(resume, "measure the trained checkpoints")
-    else:
-        console.next_step(f"flatcensus query {shown(folder)}", "or open the report above")
-    return EXIT_OK
-
-
-def _show_results(console: Console, tables: Any, lines: list[str], files: list[str]) -> None:
-    shown = ["x", "y", "group", "method", "r", "ci_low", "ci_high", "n", "n_missing"]
-    pooled = tables.correlations["group"].isin(["all", "within"])
-    if len(tables.correlations):
-        console.table(tables.correlations[pooled][shown], title="correlations over checkpoints")
-    elif console.as_json:
-        console.table(tables.summary)
-    for line in lines:
-        console.say(line)
-    console.say(f"report: {relative(files[0])}")
-
-
-def _show_bounds(console: Console, run: str, bounds: Any, *, when: str = "") -> None:
-    """How many inequalities hold, and an alarm if one fails that cannot."""
-    from pipeline.bounds_summary import bounds_headline, num_violated
-    from pipeline.labels import counted
-
-    if line := bounds_headline(bounds):
-        console.say(line + when)
-    if number := num_violated(bounds):
-        console.warn(
-            f"{counted(number, 'check')} of theorems failed although the conditions are met: a bug "
-            f"or a numerical problem. See: flatcensus query {shown(run)} bounds holds=no "
-            "is_theorem=true conditions_met=true"
-        )

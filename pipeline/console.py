@@ -120,16 +120,20 @@ class ProgressDisplay:
         self.console = console
         self.bar: Progress | None = None
         self.total = self.done = 0.0
-        self.units = self.finished = self.failed = self.notes = 0
+        self.units = self.finished = self.failed = self.notes = self.num_plans = 0
         self.started = self.last_line = time.monotonic()
 
     def planned(self, plan: Plan, num_slots: int) -> None:
-        """A round begins: its units join the total."""
+        """There is a new plan: its units are all that is left."""
         from pipeline.durations import duration
         from pipeline.labels import counted
 
-        self.total += plan.predicted_seconds
-        self.units += len(plan.units)
+        self.total = self.done + plan.predicted_seconds
+        self.units = self.finished + len(plan.units)
+        if self.num_plans and time.monotonic() - self.last_line < LINE_SECONDS:
+            return  # plans may follow each other quickly
+        self.num_plans += 1
+        self.last_line = time.monotonic()
         reasons = Counter(item.reason for item in plan.specs if item.todo)
         why = ", ".join(f"{reason} ({count})" for reason, count in reasons.items())
         slots = f"{num_slots} slot{'s' if num_slots != 1 else ''}"

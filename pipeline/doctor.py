@@ -68,7 +68,8 @@ def _hub() -> Iterator[Finding]:
 
 def _executor(on: str) -> Iterator[Finding]:
     from pipeline.entries import ResourceSpec
-    from pipeline.executor import InlineExecutor, RayExecutor
+    from pipeline.executor import InlineExecutor
+    from pipeline.ray_executor import RayExecutor
 
     try:
         executor = (
@@ -79,5 +80,5 @@ def _executor(on: str) -> Iterator[Finding]:
     except FlatcensusError as error:
         yield Finding(f"executor {on}", "fail", str(error))
         return
-    yield Finding(f"executor {on}", "ok", f"{executor.num_slots} slots of 1 CPU")
+    yield Finding(f"executor {on}", "ok", f"{len(executor.places)} slots of 1 CPU")
     executor.close()

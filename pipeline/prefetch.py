@@ -12,22 +12,37 @@ import queue
 import threading
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pipeline.errors import FlatcensusError
 from pipeline.hub_file import HubFile
+
+if TYPE_CHECKING:
+    from pipeline.executor import Place
 
 
 class Fetching(Protocol):
     """The part of an executor that prefetches."""
 
     @property
-    def nodes(self) -> tuple[str, ...]:
-        """Node of every slot."""
+    def places(self) -> Mapping[int, Place]:
+        """Where the slots are."""
         ...
 
     def prefetch(self, node: str, file: HubFile) -> None:
         """Begin to fetch a file on a node; returns at once."""
+        ...
+
+
+class Waiting(Protocol):
+    """The part of the queue that tells what comes."""
+
+    def __contains__(self, subject: object) -> bool:
+        """Whether a subject has units that wait."""
+        ...
+
+    def upcoming(self) -> Iterable[str]:
+        """Subjects that wait, in about the order in which slots will take them."""
         ...
 
 
@@ -65,27 +80,33 @@ class Ahead:
         self.files, self.per_slot = files, per_slot
         self.assigned: dict[str, str] = {}
 
-    def update(self, upcoming: Iterable[str], taken: Container[str], executor: Fetching) -> None:
+    def update(self, queue: Waiting, taken: Container[str], executor: Fetching) -> None:
         """Fetch the next checkpoints where there is room.
 
         Args:
-            upcoming: Subjects with units that wait, in the order in which slots will take them.
+            queue: The units that wait.
             taken: Subjects that slots have now.
             executor: Fetches.
         """
-        waiting = [s for s in upcoming if s in self.files and s not in taken]
-        self.assigned = {s: node for s, node in self.assigned.items() if s in waiting}
-        room = {node: self.per_slot * n for node, n in Counter(executor.nodes).items()}
-        for node in self.assigned.values():
-            room[node] -= 1
-        for subject in waiting:
+        if not self.files:
+            return
+        waiting = {s: n for s, n in self.assigned.items() if s in queue and s not in taken}
+        self.assigned = waiting
+        nodes = Counter(place.node for place in executor.places.values())
+        room = {node: self.per_slot * number for node, number in nodes.items()}
+        for node in waiting.values():
+            room[node] = room.get(node, 0) - 1
+        if max(room.values(), default=0) <= 0:
+            return
+        for subject in queue.upcoming():
+            if subject not in self.files or subject in taken or subject in waiting:
+                continue
             node = max(room, key=lambda n: room[n])
             if room[node] <= 0:
                 return
-            if subject not in self.assigned:
-                self.assigned[subject] = node
-                room[node] -= 1
-                executor.prefetch(node, self.files[subject])
+            waiting[subject] = node
+            room[node] -= 1
+            executor.prefetch(node, self.files[subject])
 
     def on(self, node: str) -> set[str]:
         """Subjects whose weights are fetched on a node."""

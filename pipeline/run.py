@@ -13,17 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.driver import Launch, Observer, launch
+from pipeline.driver import launch
 from pipeline.entries import Manifest
 from pipeline.errors import UsageError
-from pipeline.executor import Executor, InlineExecutor, RayExecutor
+from pipeline.executor import Executor, InlineExecutor
 from pipeline.frozen import FROZEN, thaw
 from pipeline.lock import LOCK, keep
 from pipeline.manifest import load_manifest, parse_manifest
 from pipeline.plan import Plan, make_plan
 from pipeline.reduce import Tables, planned_shards, reduce_run, write_tables
 from pipeline.resolve import resolve
-from pipeline.shards import Quarantined, read_shards
+from pipeline.scheduler import Launch, Observer
+from pipeline.shards import Quarantined
 from pipeline.store import Store, open_store
 
 MANIFEST, RUN = "manifest.toml", "run.json"
@@ -31,7 +32,7 @@ RUN_VERSION = 1
 # What a launch writes; anything else in a folder means that it is somebody else's.
 CONTENTS = frozenset((
     MANIFEST, RUN, FROZEN, LOCK, "specs", "shards", "checkpoints", "tables", "figures",
-    "report.html", "quarantine", "probe",
+    "report.html", "quarantine", "launches", "packs", "probe",
 ))  # fmt: skip
 TEMPORARY_SECONDS = 3600.0  # older temporaries belong to dead writers: chosen
 
@@ -112,39 +113,34 @@ def execute(
     on: str,
     retry_failed: bool = False,
     train_only: bool = False,
-) -> tuple[Launch, list[Quarantined]]:
-    """Probe the store, write the manifest, set damaged shards aside, then run what is to do."""
+    launch_id: str | None = None,
+) -> Launch:
+    """Probe the store, write the manifest, then run what is to do."""
     found = resolve(run.manifest, run.store)  # a manifest that cannot be run leaves no trace
     run.store.probe()
     run.store.put(MANIFEST, run.manifest.text.encode())
     run.store.put(RUN, _description(run.manifest))
     keep(found.files, run.store)
     run.store.clean_temporaries(TEMPORARY_SECONDS)
-    quarantined = verify(run.store)
-    result = launch(
+    return launch(
         run.manifest,
         run.store,
         executor_opener(run.manifest, on),
         observer,
         retry_failed=retry_failed,
         train_only=train_only,
-        resolved=None if quarantined else found,
+        resolved=found,
+        launch_id=launch_id,
+        on=on,
     )
-    return result, quarantined
-
-
-def verify(store: Store) -> list[Quarantined]:
-    """Read every shard, check every byte, and set aside what is damaged."""
-    quarantined: list[Quarantined] = []
-    for _ in read_shards(store, quarantined=quarantined):
-        pass
-    return quarantined
 
 
 def executor_opener(manifest: Manifest, on: str) -> Callable[[], Executor]:
     """How to open the executor named by ``--on``: ``inline``, ``local`` or a cluster's address."""
     if on == "inline":
         return lambda: InlineExecutor(manifest.resources)
+    from pipeline.ray_executor import RayExecutor
+
     return lambda: RayExecutor(manifest.resources, address=None if on == "local" else on)
 
 

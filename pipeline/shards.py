@@ -225,6 +225,19 @@ def read_shards(
                     quarantined.append(moved)
 
 
+def verify(store: Store, known: set[str]) -> list[Quarantined]:
+    """Read every shard that is not known to be sound, check every byte, set aside what is damaged.
+
+    Args:
+        store: The run folder.
+        known: Keys that were verified before; sound ones are added.
+    """
+    quarantined: list[Quarantined] = []
+    for shard in read_shards(store, quarantined=quarantined):
+        known.add(_name(shard.unit).key)
+    return quarantined
+
+
 def peek_record(store: Store, key: str) -> UnitRecord | None:
     """A shard's record from its footer alone, unverified; None if it cannot be read.
 

@@ -10,13 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import multiprocessing.forkserver
 import multiprocessing.process
 import os
 import pickle
+import shutil
+import socket
+import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 from pipeline.outcome import HINTS, FailureClass, Outcome
 from pipeline.schema import Failure
@@ -107,28 +113,76 @@ class Slot:
         return code
 
 
+@dataclass(frozen=True)
+class Hello:
+    """What a slot says of itself: what it computes with, where it is, whether it has a unit.
+
+    ``pool`` names the memory that it shares with its neighbours (a GPU's, or the machine's) and
+    ``pool_bytes`` its size, None where that cannot be told.
+    """
+
+    versions: dict[str, str]
+    node: str
+    host: str
+    pool: str
+    pool_bytes: int | None
+    is_busy: bool
+
+
 class SlotActor:
-    """The Ray side of a slot. Ray imports this module in its workers: keep it light."""
+    """The Ray side of a slot. Ray imports this module in its workers: keep it light.
+
+    It has two threads, so that it answers while a unit runs: silence means that its process, its
+    machine or the network is gone.
+    """
 
     def __init__(self, hang_seconds: float) -> None:
         # Children of multiprocessing first load the program that their parent runs. Here that is
         # Ray's worker: they have no use for it, and it takes longer than all the rest.
         sys.modules["__main__"].__file__ = None
         self.slot = Slot(hang_seconds)
+        self.busy = threading.Lock()
+        # Loads torch while the scheduler is still counting slots.
+        multiprocessing.forkserver.ensure_running()
 
-    def versions(self) -> dict[str, str]:
-        """What this slot would compute with."""
-        return versions()
-
-    def node(self) -> str:
-        """Ray's name of the machine that it is on."""
+    def hello(self) -> Hello:
+        """See Hello."""
         import ray
 
-        return ray.get_runtime_context().get_node_id()
+        node = ray.get_runtime_context().get_node_id()
+        gpus = ray.get_gpu_ids()
+        pool = f"{node} gpu {gpus[0]}" if gpus else node
+        size = _gpu_bytes(str(gpus[0])) if gpus else _memory_bytes()
+        return Hello(versions(), node, socket.gethostname(), pool, size, self.busy.locked())
+
+    def ping(self) -> None:
+        """Answer."""
 
     def run(self, subject: str, task: bytes) -> bytes:
         """Do one unit; see ``Slot.run``."""
-        return self.slot.run(subject, task)
+        with self.busy:
+            return self.slot.run(subject, task)
+
+
+def _memory_bytes() -> int | None:
+    """Memory of this machine, or of the container that it is."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of cgroups, version 2 and 1
+        with contextlib.suppress(OSError, ValueError):  # the other version, or "max"
+            total = min(total, int((Path("/sys/fs/cgroup") / name).read_text()))
+    return total
+
+
+def _gpu_bytes(gpu: str) -> int | None:
+    """Memory of a GPU as its driver's tool has it; torch would take seconds and memory to ask."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    command = [tool, "--query-gpu=memory.total", "--format=csv,noheader,nounits", f"--id={gpu}"]
+    with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        return int(answer.stdout) * 2**20
+    return None
 
 
 def _died(kind: FailureClass, message: str, started: float) -> bytes:

@@ -1,48 +1,153 @@
-"""The units that wait for a slot."""
+"""The units that wait for a slot: which one comes next.
+
+Units of one subject (checkpoint and images) stay together, since a slot that changes its subject
+loads another network. A free slot takes the subject with most work left for each slot that is on
+it already, so that long checkpoints begin early and many slots share what is left of them: longest
+first, by which no slot ends long after the others. Units are made when they are taken: a queue of
+a million holds a few objects for each spec.
+"""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Collection
+import heapq
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterator
 
 from pipeline.specs import Task
+from pipeline.units import UnitGroup
 
 
 class UnitQueue:
-    """Units by subject. A slot keeps its subject; otherwise the one with most work left wins.
-
-    Subjects whose weights are fetched on the slot's node go first.
-    """
+    """Units by subject."""
 
     def __init__(self) -> None:
-        self.by_subject: dict[str, list[Task]] = defaultdict(list)
-        self.seconds: Counter[str] = Counter()
+        self.subjects: dict[str, _Subject] = {}
+        self.num_units = 0
+        self.slots: Counter[str] = Counter()  # slots that are on a subject
+        # At least one entry of every subject, at its priority now or at a more urgent one.
+        self.heap: list[tuple[float, str]] = []
 
-    def __bool__(self) -> bool:
-        return bool(self.by_subject)
+    def __len__(self) -> int:
+        return self.num_units
+
+    def __contains__(self, subject: object) -> bool:
+        return subject in self.subjects
 
     def add(self, task: Task) -> None:
-        """Add a unit."""
-        self.by_subject[task.spec.subject].append(task)
-        self.seconds[task.spec.subject] += task.predicted_seconds  # type: ignore[assignment]
+        """Put a unit that has been tried before all others of its subject."""
+        subject = self._subject(task.spec.subject)
+        subject.again.append(task)
+        self._count(task.spec.subject, 1, task.predicted_seconds)
+        self._offer(task.spec.subject)
+
+    def add_group(self, group: UnitGroup) -> None:
+        """Put a spec's units behind what is there."""
+        if len(group):
+            self._subject(group.spec.subject).groups.append(iter(group))
+            self._count(group.spec.subject, len(group), group.predicted_seconds)
+            self._offer(group.spec.subject)
 
     def upcoming(self) -> list[str]:
         """Subjects that wait, most work left first."""
-        return sorted(self.by_subject, key=lambda s: -self.seconds[s])
+        return sorted(self.subjects, key=lambda s: -self.subjects[s].seconds)
 
-    def take(self, subject: str, fetched: Collection[str] = ()) -> Task | None:
-        """The next unit for a slot that has ``subject``; None if there is none.
+    def take(
+        self,
+        subject: str,
+        fetched: Collection[str] = (),
+        fits: Callable[[Task], bool] = lambda task: True,
+    ) -> Task | None:
+        """The next unit for a slot that has ``subject``; None if there is none that fits.
 
-        ``fetched`` are subjects whose weights are on the slot's node or on their way to it.
+        Args:
+            subject: What the slot has loaded; empty if nothing.
+            fetched: Subjects whose weights are on the slot's node or on their way to it.
+            fits: Whether the slot has the memory for a unit now.
         """
-        if not self.by_subject:
-            return None
-        if subject not in self.by_subject:
-            near = [s for s in fetched if s in self.by_subject]
-            subject = max(near or self.by_subject, key=lambda s: self.seconds[s])
-        tasks = self.by_subject[subject]
-        task = tasks.pop(0)
-        self.seconds[subject] -= task.predicted_seconds  # type: ignore[assignment]
-        if not tasks:
-            del self.by_subject[subject], self.seconds[subject]
-        return task
+        for chosen in self._order(subject, fetched):
+            task = self.subjects[chosen].peek()
+            if not fits(task):
+                continue
+            self.subjects[chosen].drop()
+            if chosen != subject:
+                self.slots[subject] -= 1
+                self.slots[chosen] += 1
+                self._offer(subject)
+            self._count(chosen, -1, -task.predicted_seconds)
+            return task
+        return None
+
+    def leave(self, subject: str) -> None:
+        """A slot that had ``subject`` is gone or does nothing."""
+        self.slots[subject] -= 1
+        self._offer(subject)
+
+    def _order(self, subject: str, fetched: Collection[str]) -> Iterator[str]:
+        """Subjects in the order in which the slot would take them."""
+        if subject in self.subjects:
+            yield subject
+        near = sorted((s for s in fetched if s in self.subjects), key=self._priority)
+        yield from near
+        taken, passed = {subject, *near}, list[tuple[float, str]]()
+        try:
+            while self.heap:
+                entry = heapq.heappop(self.heap)
+                other = entry[1]
+                if other not in self.subjects or entry[0] > (now := self._priority(other)):
+                    continue  # gone, or it has become more urgent since and says so elsewhere
+                if entry[0] < now:
+                    heapq.heappush(self.heap, (now, other))
+                    continue
+                if passed and passed[-1] == entry:
+                    continue  # said twice
+                passed.append(entry)
+                if other not in taken:
+                    yield other
+        finally:
+            for entry in passed:
+                heapq.heappush(self.heap, entry)
+
+    def _priority(self, subject: str) -> float:
+        """Smallest first: minus the work left for each slot, this one included."""
+        return -self.subjects[subject].seconds / (1 + max(0, self.slots[subject]))
+
+    def _offer(self, subject: str) -> None:
+        if subject in self.subjects:
+            heapq.heappush(self.heap, (self._priority(subject), subject))
+
+    def _subject(self, name: str) -> _Subject:
+        return self.subjects.setdefault(name, _Subject())
+
+    def _count(self, name: str, units: int, seconds: float) -> None:
+        subject = self.subjects[name]
+        self.num_units += units
+        subject.num_units += units
+        subject.seconds += seconds
+        if not subject.num_units:
+            del self.subjects[name]
+
+
+class _Subject:
+    """The units of one subject: those to be tried again, then its groups, one after the other."""
+
+    def __init__(self) -> None:
+        self.again: deque[Task] = deque()
+        self.groups: deque[Iterator[Task]] = deque()
+        self.head: Task | None = None  # of the first group, made already
+        self.num_units = 0
+        self.seconds = 0.0
+
+    def peek(self) -> Task:
+        if self.again:
+            return self.again[0]
+        while self.head is None:
+            self.head = next(self.groups[0], None)
+            if self.head is None:
+                self.groups.popleft()
+        return self.head
+
+    def drop(self) -> None:
+        if self.again:
+            self.again.popleft()
+        else:
+            self.head = None

@@ -17,8 +17,8 @@ from commands import call, files
 from populations import save_mlp, write_manifest
 
 from pipeline.errors import HubError, ManifestError, ResourceError
-from pipeline.executor import slots_that_fit
 from pipeline.manifest import ResourceSpec
+from pipeline.ray_executor import slots_that_fit
 from pipeline.run import open_run, start_run
 from pipeline.shards import decode_shard
 
@@ -245,20 +245,31 @@ def test_a_gpu_where_there_is_none_has_exit_code_4(manifest: Path):
     ],
 )
 def test_slots_that_fit_a_cluster(cpus: float, gpus: float, resources: dict, slots: int):
-    cluster = {"CPU": float(cpus), "GPU": float(gpus), "memory": 1e9}
-    assert slots_that_fit(cluster, ResourceSpec(**resources), where="here") == slots
+    node = {"Resources": {"CPU": float(cpus), "GPU": float(gpus), "memory": 1e9}}
+    assert slots_that_fit([node], ResourceSpec(**resources), where="here") == slots
+
+
+def test_a_slot_does_not_span_two_nodes():
+    nodes = [{"Resources": {"CPU": 3.0, "GPU": 1.0}}, {"Resources": {"CPU": 3.0}}]
+    assert slots_that_fit(nodes, ResourceSpec(num_cpus=2), where="here") == 2
+    assert slots_that_fit(nodes, ResourceSpec(num_gpus=0.5), where="here") == 2
+    with pytest.raises(ResourceError, match="here has 3 CPUs on a node"):
+        slots_that_fit(nodes, ResourceSpec(num_cpus=6), where="here")
 
 
 @pytest.mark.parametrize(
     ("resources", "words"),
     [
-        ({"num_gpus": 1.0}, "num_gpus = 1 per slot, but here has 0 GPUs. Set num_gpus = 0"),
-        ({"num_cpus": 5}, "num_cpus = 5 per slot, but here has 4 CPUs. Lower num_cpus"),
+        (
+            {"num_gpus": 1.0},
+            "num_gpus = 1 per slot, but here has 0 GPUs on a node. Set num_gpus",
+        ),
+        ({"num_cpus": 5}, "num_cpus = 5 per slot, but here has 4 CPUs on a node. Lower num_cpus"),
     ],
 )
 def test_resources_that_no_slot_can_have_are_refused(resources: dict, words: str):
     with pytest.raises(ResourceError, match=words) as caught:
-        slots_that_fit({"CPU": 4.0}, ResourceSpec(**resources), where="here")
+        slots_that_fit([{"Resources": {"CPU": 4.0}}], ResourceSpec(**resources), where="here")
     assert caught.value.exit_code == 4
 
 

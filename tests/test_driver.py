@@ -1,5 +1,6 @@
 """The scheduler's decisions, with an executor whose slots fail on demand but really measure."""
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,14 +10,15 @@ import pytest
 import torch
 from populations import Quiet, save_mlp, write_manifest
 
-from pipeline.driver import MAX_LOST_SLOTS, MAX_SILENCES, Launch, _Round, launch
+from pipeline.driver import launch
 from pipeline.errors import HubError, StoreError
-from pipeline.executor import Finished
+from pipeline.executor import Finished, Place
 from pipeline.hub_file import HubFile
 from pipeline.outcome import HINTS, Outcome
 from pipeline.plan import make_plan
 from pipeline.prefetch import Ahead
 from pipeline.run import Run, start_run
+from pipeline.scheduler import MAX_LOST_SLOTS, MAX_SILENCES, Launch, Scheduler
 from pipeline.schema import Failure
 from pipeline.shards import list_shards, read_shards
 from pipeline.specs import Task
@@ -42,12 +44,8 @@ class Scripted:
         self.most_at_once = 0
 
     @property
-    def num_slots(self) -> int:
-        return self.slots
-
-    @property
-    def nodes(self) -> tuple[str, ...]:
-        return ("here",) * self.slots
+    def places(self) -> dict[int, Place]:
+        return {slot: Place("here", "here") for slot in range(self.slots)}
 
     def prefetch(self, node: str, file: HubFile) -> None:
         raise AssertionError("nothing here is on the hub")
@@ -67,7 +65,7 @@ class Scripted:
             return [Finished(slot, task, None)]
         return [Finished(slot, task, answer or run_unit(task, self.bench))]
 
-    def close(self, *, now: bool = False) -> None:
+    def close(self) -> None:
         self.pending.clear()
 
 
@@ -123,7 +121,7 @@ def test_a_second_launch_does_nothing_and_opens_no_executor(run: Run):
 
 @pytest.fixture
 def no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.driver.REST_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr("pipeline.scheduler.REST_SECONDS", (0.0, 0.0))
 
 
 def test_a_slot_that_is_gone_rests_and_leaves_the_units_to_the_others(run: Run):
@@ -213,7 +211,7 @@ def test_a_unit_that_kills_its_process_twice_is_cut_in_two_and_the_culprit_is_na
 
 
 def test_transient_failures_wait_and_are_tried_again(run: Run, monkeypatch):
-    monkeypatch.setattr("pipeline.driver.BACKOFF_SECONDS", (0.01, 0.01))
+    monkeypatch.setattr("pipeline.scheduler.BACKOFF_SECONDS", (0.01, 0.01))
     result, executor, observer = go(
         run, lambda task: failed("transient") if task.attempt == 1 else None
     )
@@ -277,7 +275,7 @@ def test_a_silent_web_server_fails_its_checkpoint_and_not_the_launch(
 def test_one_checkpoint_that_the_hub_never_gives_does_not_stop_the_launch(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("pipeline.driver.BACKOFF_SECONDS", (0.01, 0.01))
+    monkeypatch.setattr("pipeline.scheduler.BACKOFF_SECONDS", (0.01, 0.01))
     bad = make_plan(run.manifest, run.store).units[0].spec.subject
     result, _, _ = go(run, lambda t: failed("unreachable") if t.spec.subject == bad else None)
     assert result.committed == result.failed == 2 + 8 * 2
@@ -309,8 +307,9 @@ def test_unknown_errors_get_a_second_attempt_on_gpus_only(run: Run):
     units = make_plan(manifest, run.store, retry_failed=True).units
     assert {unit.device for unit in units} == {"cuda"}
     executor, result = Scripted(script), Launch()
-    ahead = Ahead({}, per_slot=0)
-    _Round(manifest, run.store, executor, Quiet(), result, [], ahead).run(list(units))
+    scheduler = Scheduler(run.store, executor, Quiet(), result, [], max_attempts=3)
+    assert scheduler.add(units.groups, Ahead({}, per_slot=0)) == len(units)
+    scheduler.run(until=math.inf)
     assert (result.committed, result.retried, result.failed) == (len(units), len(units), 0)
 
 

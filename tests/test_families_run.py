@@ -54,7 +54,7 @@ def summary(folder: Path, measurements: str) -> pd.DataFrame:
             families.photographs()[photo].resize((160, 120)).save(place / "photo.png")
     manifest = folder / "families.toml"
     manifest.write_text(HEAD + measurements)
-    result, _ = execute(start_run(manifest, str(folder / "run")), Quiet(), on="inline")
+    result = execute(start_run(manifest, str(folder / "run")), Quiet(), on="inline")
     run = open_run(str(folder / "run"))
     run.reduce()
     assert result.failed == 0, pd.read_parquet(folder / "run/tables/failures.parquet")

@@ -60,7 +60,7 @@ def prepare(folder: Path, *, slots: int = 2) -> Path:
 
 
 def launched(manifest: Path, run: Path, *, on: str) -> Launch:
-    result, _ = execute(start_run(manifest, str(run)), Quiet(), on=on)
+    result = execute(start_run(manifest, str(run)), Quiet(), on=on)
     open_run(str(run)).reduce()
     return result
 

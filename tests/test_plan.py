@@ -77,7 +77,7 @@ def prepare(folder: Path, *, networks: int = 1, **options: Any) -> Run:
 
 
 def done(run: Run) -> Run:
-    result, _ = execute(run, Quiet(), on="inline")
+    result = execute(run, Quiet(), on="inline")
     assert result.failed == 0
     return run
 

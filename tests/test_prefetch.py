@@ -12,7 +12,7 @@ from hub_world import NAMES, WEIGHTS, point, served, write_census
 from populations import Quiet
 
 from pipeline import hub_cache, prefetch
-from pipeline.executor import InlineExecutor
+from pipeline.executor import InlineExecutor, Place
 from pipeline.hub_file import HubFile
 from pipeline.prefetch import Ahead, Fetcher
 from pipeline.run import Run, execute, start_run
@@ -25,11 +25,18 @@ class Nodes:
     """An executor that only writes down what is to be fetched where."""
 
     def __init__(self, *nodes: str) -> None:
-        self.nodes = nodes
+        self.places = {slot: Place(node, node) for slot, node in enumerate(nodes)}
         self.begun: list[tuple[str, str]] = []
 
     def prefetch(self, node: str, file: HubFile) -> None:
         self.begun.append((node, file.filename))
+
+
+class Queue(str):
+    """Subjects that wait, a letter each."""
+
+    def upcoming(self) -> str:
+        return self
 
 
 def ahead(*subjects: str, per_slot: int) -> Ahead:
@@ -39,21 +46,21 @@ def ahead(*subjects: str, per_slot: int) -> Ahead:
 
 def test_each_node_fetches_so_many_per_slot_and_not_one_more() -> None:
     nodes, plan = Nodes("a", "a", "b"), ahead(*"stuvwxyz", per_slot=1)
-    plan.update("stuvwxyz", ["s", "t"], nodes)
+    plan.update(Queue("stuvwxyz"), ["s", "t"], nodes)
     assert sorted(node for node, _ in nodes.begun) == ["a", "a", "b"]
     assert [name for _, name in nodes.begun] == ["u", "v", "w"], "the order of the queue"
-    plan.update("stuvwxyz", ["s", "t"], nodes)
+    plan.update(Queue("stuvwxyz"), ["s", "t"], nodes)
     assert len(nodes.begun) == 3, "nothing twice"
     node = dict((name, node) for node, name in nodes.begun)["u"]
     assert "u" in plan.on(node)
-    plan.update("tvwxyz", ["u", "t"], nodes)  # a slot took u: room for one more, where u was
+    plan.update(Queue("tvwxyz"), ["u", "t"], nodes)  # a slot took u: room for one more, where u was
     assert nodes.begun[3:] == [(node, "x")]
 
 
 def test_what_is_not_on_the_hub_or_forbidden_is_never_fetched() -> None:
     nodes = Nodes("a")
-    ahead("s", per_slot=0).update("st", [], nodes)
-    ahead(per_slot=4).update("st", [], nodes)
+    ahead("s", per_slot=0).update(Queue("st"), [], nodes)
+    ahead(per_slot=4).update(Queue("st"), [], nodes)
     assert nodes.begun == []
 
 
@@ -80,7 +87,7 @@ def launch(
     executor = Stretched(run.manifest.resources)
     monkeypatch.setattr("pipeline.run.InlineExecutor", lambda resources: executor)
     hub.seconds = SECONDS
-    result, _ = execute(run, Quiet(), on="inline")
+    result = execute(run, Quiet(), on="inline")
     assert (result.committed, result.failed) == (3, 0)
     return run, executor
 

@@ -63,7 +63,7 @@ def prepare(folder: Path, *, unit_seconds: float = 1e-6) -> Run:
 @pytest.fixture(scope="module")
 def original(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("reduce")
-    result, _ = execute(prepare(folder), Quiet(), on="inline")
+    result = execute(prepare(folder), Quiet(), on="inline")
     assert result.failed == 0
     open_run(str(folder / "run")).reduce()
     return folder
@@ -357,7 +357,7 @@ def layered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     save_mlp(tmp_path / "checkpoints/sick", change=lambda m: next(m.parameters()).fill_(np.nan))
     manifest = write_manifest(tmp_path / "m.toml", samples=8, measurements=LAYERED)
     run = start_run(manifest, str(tmp_path / "run"))
-    result, _ = execute(run, Quiet(), on="inline")
+    result = execute(run, Quiet(), on="inline")
     assert result.failed == 2
     return run
 

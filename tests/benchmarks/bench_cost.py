@@ -127,7 +127,7 @@ def _measured(name: str) -> list[dict[str, Any]]:
         run = start_run(manifest, str(path / "run"))
         before = _resident()
         observer = Quiet()
-        result, _ = execute(run, observer, on="inline")
+        result = execute(run, observer, on="inline")
         if result.failed:
             raise RuntimeError(f"{name}: {'; '.join(observer.notes)}")
         specs = {item.spec.key: item.spec for item in run.plan().specs}
