@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from pipeline.hub import HubFile
 from pipeline.lock import LOCK, keep
 from pipeline.manifest import parse_manifest
 from pipeline.resolve import resolve
-from pipeline.specs import spec_key
+from pipeline.specs import Task, spec_key
 from pipeline.store import Store, open_store
 from tasks.adaptive_sharpness import AdaptiveSharpness
 from tasks.sensitivity import NormalizedMls
@@ -373,3 +374,38 @@ def test_two_architectures_of_one_weights_file_have_keys_of_their_own(
     assert len({spec.key for spec in specs}) == 2
     assert len({spec.subject for spec in specs}) == 2, "a worker must not keep the other's network"
     assert "architecture" not in specs[0].fields, "the repository's name says it: keys stay"
+
+
+PROVENANCE = {
+    "samples", "batch_size", "threads", "device", "attempt", "generation", "store",
+    "predicted_seconds", "predicted_bytes", "bisected",
+}  # fmt: skip
+
+
+def test_at_least_twenty_inputs_of_a_number_are_mutated_one_by_one():
+    """The tests above change each of these alone, and see the key change."""
+    inputs = [*DETERMINING, *OF_SENSITIVITY, *OF_SHARPNESS, *FILES]
+    assert len(set(inputs)) == len(inputs) >= 20
+    assert len(TRAINING) - 1 >= 15, "and those of a training"
+
+
+def test_what_a_unit_is_given_besides_its_spec_is_in_no_key(original: Path):
+    """A key is a function of ``fields`` alone, and these hold nothing of how the work is done."""
+    manifest = parse_manifest(manifest_text(BASE), where="m.toml", root=original)
+    specs = resolve(manifest, open_store(original / "run")).specs
+    given = {field.name for field in dataclasses.fields(Task)} - {"spec", "block", "seed"}
+    assert given <= PROVENANCE, "decide whether the new field determines numbers"
+    for spec in specs:
+        named = {name for name, _ in nested(spec.fields)}
+        assert not named & PROVENANCE, "a key must not depend on how the work is done"
+        assert spec.key == spec_key(json.loads(json.dumps(spec.fields)))
+        for name, changed_fields in nested(spec.fields):
+            assert spec_key(changed_fields) != spec.key, f"{name} has no part in the key"
+
+
+def nested(fields: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The name of every field at any depth, and the fields with that one changed."""
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            yield from ((inner, fields | {name: other}) for inner, other in nested(value))
+        yield name, fields | {name: "changed"}
