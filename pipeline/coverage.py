@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
-
-import numpy as np
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 
 from tasks.block import Block
 
@@ -14,19 +13,32 @@ def missing_blocks(wanted: Block, have: Iterable[Block]) -> list[Block]:
     """The (sample, draw) pairs of ``wanted`` that ``have`` lacks, as few blocks in order.
 
     Draws between two boundaries of ``have`` are alike, so each such band needs one pass over the
-    ranges; measurements without draws have a single band.
+    ranges that reach into it; measurements without draws have a single band.
     """
-    have = [block for block in have if _overlap(block.draws, wanted.draws)]
-    edges = {wanted.draws.start, wanted.draws.stop}
-    edges.update(e for b in have for e in (b.draws.start, b.draws.stop) if e in wanted.draws)
+    samples: dict[range, list[range]] = defaultdict(list)
+    for block in have:
+        samples[block.draws].append(block.samples)
+    first, last = wanted.draws.start, wanted.draws.stop
+    # Blocks of equal draws are joined once, however many bands they reach into.
+    pending = sorted(
+        (draws.start, draws.stop, _joined(ranges))
+        for draws, ranges in samples.items()
+        if draws.start < last and first < draws.stop
+    )
+    edges = {first, last, *(e for a, b, _ in pending for e in (a, b) if first < e < last)}
     found: list[Block] = []
     before: list[range] = []
-    cuts = sorted(edges)
-    for start, stop in itertools.pairwise(cuts):
-        lacking = missing([wanted.samples], (b.samples for b in have if start in b.draws))
+    active: list[tuple[int, list[range]]] = []
+    position = 0
+    for start, stop in itertools.pairwise(sorted(edges)):
+        while position < len(pending) and pending[position][0] <= start:
+            active.append(pending[position][1:])
+            position += 1
+        active = [item for item in active if item[0] > start]
+        lacking = missing([wanted.samples], itertools.chain.from_iterable(r for _, r in active))
         if found and lacking == before and found[-1].draws.stop == start:
-            first = found[-1].draws.start
-            found[-len(lacking) :] = [Block(samples, range(first, stop)) for samples in lacking]
+            begin = found[-1].draws.start
+            found[-len(lacking) :] = [Block(samples, range(begin, stop)) for samples in lacking]
         else:
             found += [Block(samples, range(start, stop)) for samples in lacking]
         before = lacking
@@ -42,31 +54,37 @@ def without(blocks: Iterable[Block], have: Iterable[Block]) -> list[Block]:
 def missing(wanted: Iterable[range], have: Iterable[range]) -> list[range]:
     """The wanted indices that ``have`` lacks, as the fewest ranges, in order.
 
-    Both may overlap and come in any order; all ranges have step 1. O(n log n), vectorised.
+    Both may overlap and come in any order; all ranges have step 1. O(n log n).
     """
-    want, got = _bounds(wanted), _bounds(have)
-    if not want.size:
-        return []
-    # Each boundary changes by one how many ranges cover the points from there on.
-    points = np.concatenate([want.ravel(), got.ravel()])
-    order = np.argsort(points, kind="stable")
-    is_wanted = np.repeat([1, 0], [want.size, got.size])
-    change = np.tile([1, -1], len(want) + len(got))
-    wanted_depth = np.cumsum((is_wanted * change)[order])
-    have_depth = np.cumsum(((1 - is_wanted) * change)[order])
-    points = points[order]
-    # Of the boundaries at one point only the last one's depth counts.
-    last = np.append(points[1:] != points[:-1], True)
-    points, lacking = points[last], ((wanted_depth > 0) & (have_depth == 0))[last]
-    edges = points[np.flatnonzero(np.diff(lacking, prepend=False))].tolist()
-    return [range(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+    found: list[range] = []
+    covered: Iterator[range] = iter(_joined(have))
+    here = next(covered, None)
+    for whole in _joined(wanted):
+        start, stop = whole.start, whole.stop
+        while start < stop:
+            while here is not None and here.stop <= start:
+                here = next(covered, None)
+            if here is None or here.start >= stop:
+                found.append(range(start, stop))
+                break
+            if here.start > start:
+                found.append(range(start, here.start))
+            start = here.stop
+    return found
 
 
-def _bounds(ranges: Iterable[range]) -> np.ndarray:
-    """Starts and stops of the non-empty ranges, (n, 2)."""
-    pairs = [(r.start, r.stop) for r in ranges if r]
-    return np.array(pairs, dtype=np.int64).reshape(-1, 2)
-
-
-def _overlap(one: range, other: range) -> bool:
-    return one.start < other.stop and other.start < one.stop
+def _joined(ranges: Iterable[range]) -> list[range]:
+    """The same indices in order, as the fewest ranges."""
+    found: list[range] = []
+    pairs = sorted((r.start, r.stop) for r in ranges if r)
+    if not pairs:
+        return found
+    start, stop = pairs[0]
+    for a, b in pairs:
+        if a > stop:
+            found.append(range(start, stop))
+            start, stop = a, b
+        elif b > stop:
+            stop = b
+    found.append(range(start, stop))
+    return found
