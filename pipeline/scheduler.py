@@ -314,7 +314,8 @@ class Scheduler:
             wait = BACKOFF_SECONDS[min(task.attempt, len(BACKOFF_SECONDS)) - 1]
             self.delayed.append((time.monotonic() + wait, task.again()))
             return f"{failure.type}; again in {wait:g} s"
-        self.queue.add(task.again())
+        # Not at once: what killed it may be the machine's trouble of this moment.
+        self.queue.add(task.again(), last=True)
         return f"{failure.message}; again"
 
     def _give_up(self, task: Task, failure: Failure) -> str:

@@ -33,10 +33,10 @@ class UnitQueue:
     def __contains__(self, subject: object) -> bool:
         return subject in self.subjects
 
-    def add(self, task: Task) -> None:
-        """Put a unit that has been tried before all others of its subject."""
+    def add(self, task: Task, *, last: bool = False) -> None:
+        """Put a unit that was tried before all others of its subject, or behind them."""
         subject = self._subject(task.spec.subject)
-        subject.again.append(task)
+        (subject.last if last else subject.first).append(task)
         self._count(task.spec.subject, 1, task.predicted_seconds)
         self._offer(task.spec.subject)
 
@@ -128,26 +128,31 @@ class UnitQueue:
 
 
 class _Subject:
-    """The units of one subject: those to be tried again, then its groups, one after the other."""
+    """The units of one subject: its groups one after the other, between those tried before."""
 
     def __init__(self) -> None:
-        self.again: deque[Task] = deque()
+        self.first: deque[Task] = deque()
+        self.last: deque[Task] = deque()
         self.groups: deque[Iterator[Task]] = deque()
         self.head: Task | None = None  # of the first group, made already
         self.num_units = 0
         self.seconds = 0.0
 
     def peek(self) -> Task:
-        if self.again:
-            return self.again[0]
-        while self.head is None:
+        """The next unit; there is one."""
+        if self.first:
+            return self.first[0]
+        while self.head is None and self.groups:
             self.head = next(self.groups[0], None)
             if self.head is None:
                 self.groups.popleft()
-        return self.head
+        return self.head or self.last[0]
 
     def drop(self) -> None:
-        if self.again:
-            self.again.popleft()
-        else:
+        """Take out what ``peek`` has just shown."""
+        if self.first:
+            self.first.popleft()
+        elif self.head is not None:
             self.head = None
+        else:
+            self.last.popleft()
