@@ -128,35 +128,6 @@ def make_plan(
     )
 
 
-def final_stage(
-    spec: Spec,
-    names: Sequence[ShardName],
-    store: Store,
-    decisions: Decisions,
-    damaged: list[Quarantined],
-) -> tuple[int, Block]:
-    """The stage a spec is in, and its block. Rows beyond it (of a larger budget) are not used.
-
-    Shards found damaged are set aside and join ``damaged``; no decision rests on what is left.
-    """
-    have = [name.block for name in names if name.generation is None]
-    stages = spec.stages()
-    for number, block in enumerate(stages[:-1]):
-        if missing_blocks(block, have):
-            return number, block
-        assert spec.entry is not None
-        memo = (spec.key, spec.entry.measurement.model_dump_json(), number)
-        if memo not in decisions:
-            known = len(damaged)
-            rows = stage_columns(store, spec.key, block, damaged)
-            if len(damaged) > known:
-                return number, block
-            decisions[memo] = spec.entry.measurement.finished(rows)
-        if decisions[memo]:
-            return number, block
-    return len(stages) - 1, stages[-1]
-
-
 def _calibration(
     resolved: Resolved,
     store: Store,
@@ -181,18 +152,47 @@ def _spec_plan(
     decisions: Decisions,
     damaged: list[Quarantined],
 ) -> SpecPlan:
-    stage, wanted = final_stage(spec, names, store, decisions, damaged)
     have = [name.block for name in names if name.generation is None]
-    lacking = missing_blocks(wanted, have)
+    stage, wanted, lacking = _stage(spec, have, store, decisions, damaged)
     if not lacking:
         return SpecPlan(spec, wanted, (), (), stage, "complete")
     todo = lacking
-    if not retry_failed:
+    if not retry_failed and len(have) < len(names):
         todo = without(lacking, [name.block for name in names if name.generation is not None])
-    failed = without(lacking, todo)
+    failed = [] if todo is lacking else without(lacking, todo)
     return SpecPlan(
         spec, wanted, tuple(todo), tuple(failed), stage, _reason(stage, have, failed, retry_failed)
     )
+
+
+def _stage(
+    spec: Spec,
+    have: Sequence[Block],
+    store: Store,
+    decisions: Decisions,
+    damaged: list[Quarantined],
+) -> tuple[int, Block, list[Block]]:
+    """The stage a spec is in, its block, and what that lacks.
+
+    Rows beyond it (of a larger budget) are not used. Shards found damaged are set aside and join
+    ``damaged``; no decision rests on what is left.
+    """
+    stages = spec.stages()
+    for number, block in enumerate(stages):
+        lacking = missing_blocks(block, have)
+        if lacking or number == len(stages) - 1:
+            return number, block, lacking
+        assert spec.entry is not None
+        memo = (spec.key, spec.entry.measurement.model_dump_json(), number)
+        if memo not in decisions:
+            known = len(damaged)
+            rows = stage_columns(store, spec.key, block, damaged)
+            if len(damaged) > known:
+                return number, block, lacking
+            decisions[memo] = spec.entry.measurement.finished(rows)
+        if decisions[memo]:
+            return number, block, lacking
+    raise AssertionError("a measurement has at least one stage")
 
 
 def _reason(stage: int, have: Sequence[Block], failed: Sequence[Block], retry_failed: bool) -> str:
