@@ -82,10 +82,10 @@ class Store(Protocol):
 
 
 def open_store(uri: str | Path) -> Store:
-    """Open the run folder at a path or ``file://`` URI. Nothing is created or checked yet.
+    """Open the run folder at a path, ``file://`` or ``s3://`` URI. Nothing is created or checked.
 
     Raises:
-        StoreError: The URI names a scheme that is not a directory.
+        StoreError: The URI names something else, or no bucket.
     """
     from pipeline.local_store import LocalStore
 
@@ -94,12 +94,16 @@ def open_store(uri: str | Path) -> Store:
     scheme, separator, _ = uri.partition("://")
     if not separator:
         return LocalStore(Path(uri).absolute())
+    if scheme.lower() == "s3":
+        from pipeline.object_store import ObjectStore
+
+        return ObjectStore(uri)
     parts = urlsplit(uri)
     if scheme.lower() == "file" and parts.netloc in ("", "localhost") and parts.path:
         return LocalStore(Path(unquote(parts.path)).absolute())
     raise StoreError(
         f"cannot open the run folder {uri!r}: expected a local or mounted directory, "
-        "such as runs/vits or file:///data/runs/vits"
+        "such as runs/vits or file:///data/runs/vits, or s3://bucket/prefix"
     )
 
 
