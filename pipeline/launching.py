@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 
 
 def launch_run(
-    console: Console, run: Run, *, on: str, retry_failed: bool = False, train_only: bool = False
+    console: Console,
+    run: Run,
+    *,
+    on: str,
+    retry_failed: bool = False,
+    train_only: bool = False,
+    launch_id: str | None = None,
 ) -> int:
     """Run what is to do, then reduce and report; say what happened and what to do next."""
     from pipeline.labels import counted
@@ -24,7 +30,10 @@ def launch_run(
 
     display = ProgressDisplay(console)
     try:
-        result = execute(run, display, on=on, retry_failed=retry_failed, train_only=train_only)
+        result = execute(
+            run, display, on=on, retry_failed=retry_failed, train_only=train_only,
+            launch_id=launch_id,
+        )  # fmt: skip
     finally:
         display.close()
     for item in result.quarantined:

@@ -20,7 +20,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,6 +29,7 @@ from pipeline.errors import ResourceError
 from pipeline.executor import Finished, Place, no_gpu
 from pipeline.hub_file import HubFile
 from pipeline.prefetch import Fetcher
+from pipeline.shipping import driver_env
 from pipeline.versions import versions
 
 if TYPE_CHECKING:
@@ -75,12 +76,19 @@ class RayExecutor:
     Args:
         resources: What a slot takes.
         address: A cluster's; None starts Ray on this machine alone.
+        check: Called on the connected cluster, before any slot is started.
 
     Raises:
         ResourceError: No cluster there, no slot fits, none comes up, or all have other versions.
     """
 
-    def __init__(self, resources: ResourceSpec, *, address: str | None = None) -> None:
+    def __init__(
+        self,
+        resources: ResourceSpec,
+        *,
+        address: str | None = None,
+        check: Callable[[], None] | None = None,
+    ) -> None:
         import ray
         import ray.exceptions
 
@@ -99,6 +107,8 @@ class RayExecutor:
         if self.owns_cluster:
             _connect(address)
         try:
+            if check is not None:
+                check()
             self.remote = self._actor_class()
             self._add_slots(slots_that_fit(_nodes(ray), resources, where=address or "this machine"))
             threading.Thread(target=self._look, daemon=True).start()
@@ -123,7 +133,7 @@ class RayExecutor:
                 .options(
                     num_cpus=0, num_gpus=0, max_restarts=0,
                     scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
-                    runtime_env=_runtime_env(self.address, hidden),
+                    runtime_env={"env_vars": hidden},
                 )
                 .remote()
             )  # fmt: skip
@@ -173,7 +183,7 @@ class RayExecutor:
         return self.ray.remote(SlotActor).options(
             num_cpus=self.resources.num_cpus, num_gpus=self.resources.num_gpus,
             max_restarts=-1, max_task_retries=0, max_concurrency=2,
-            runtime_env=_runtime_env(self.address, threads),
+            runtime_env={"env_vars": threads},
         )  # fmt: skip
 
     def _add_slots(self, number: int) -> None:
@@ -369,11 +379,6 @@ def _nodes(ray: Any) -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def _runtime_env(address: str | None, variables: Mapping[str, str]) -> dict[str, Any]:
-    """What Ray sets up for a slot's process."""
-    return {"env_vars": dict(variables)}
-
-
 def _connect(address: str | None) -> None:
     import ray
 
@@ -386,7 +391,7 @@ def _connect(address: str | None) -> None:
         return
     try:
         _knock(address)  # Ray itself would try for two minutes
-        ray.init(address=address, **options)
+        ray.init(address=address, runtime_env=driver_env(), **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise ResourceError(
             f"no Ray cluster answers at {address!r} ({error}). Start one with "

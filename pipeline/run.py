@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from pipeline.reduce import Tables, planned_shards, reduce_run, write_tables
 from pipeline.resolve import resolve
 from pipeline.scheduler import Launch, Observer
 from pipeline.shards import Quarantined
+from pipeline.specs import Resolved
 from pipeline.store import Store, open_store
 
 MANIFEST, RUN = "manifest.toml", "run.json"
@@ -115,17 +117,12 @@ def execute(
     train_only: bool = False,
     launch_id: str | None = None,
 ) -> Launch:
-    """Probe the store, write the manifest, then run what is to do."""
-    found = resolve(run.manifest, run.store)  # a manifest that cannot be run leaves no trace
-    run.store.probe()
-    run.store.put(MANIFEST, run.manifest.text.encode())
-    run.store.put(RUN, _description(run.manifest))
-    keep(found.files, run.store)
-    run.store.clean_temporaries(TEMPORARY_SECONDS)
+    """Prepare the run folder, then run what is to do."""
+    found = prepare(run)
     return launch(
         run.manifest,
         run.store,
-        executor_opener(run.manifest, on),
+        executor_opener(run, on),
         observer,
         retry_failed=retry_failed,
         train_only=train_only,
@@ -135,13 +132,34 @@ def execute(
     )
 
 
-def executor_opener(manifest: Manifest, on: str) -> Callable[[], Executor]:
+def prepare(run: Run) -> Resolved:
+    """Probe the store and write all that a launch needs into it; the manifest's specs."""
+    found = resolve(run.manifest, run.store)  # a manifest that cannot be run leaves no trace
+    run.store.probe()
+    run.store.put(MANIFEST, run.manifest.text.encode())
+    run.store.put(RUN, _description(run.manifest))
+    keep(found.files, run.store)
+    run.store.clean_temporaries(TEMPORARY_SECONDS)
+    return found
+
+
+def executor_opener(run: Run, on: str) -> Callable[[], Executor]:
     """How to open the executor named by ``--on``: ``inline``, ``local`` or a cluster's address."""
+    resources = run.manifest.resources
     if on == "inline":
-        return lambda: InlineExecutor(manifest.resources)
+        return lambda: InlineExecutor(resources)
+    if on.startswith(("http://", "https://")):
+        raise UsageError(
+            f"{on} is a dashboard, for jobs: add --detach. Without it this machine must belong to "
+            "the cluster: --on with the address of its head, as head:6379"
+        )
+    from pipeline.nodes import require_reach
     from pipeline.ray_executor import RayExecutor
 
-    return lambda: RayExecutor(manifest.resources, address=None if on == "local" else on)
+    if on == "local":
+        return lambda: RayExecutor(resources)
+    check = partial(require_reach, run.store, run.manifest)
+    return lambda: RayExecutor(resources, address=on, check=check)
 
 
 class _Description(NamedTuple):

@@ -29,19 +29,22 @@ FORWARDED = (
 
 
 def runtime_env() -> dict[str, Any]:
-    """Ray's ``runtime_env`` for a whole job: code and settings; empty inside a submitted job.
+    """Ray's ``runtime_env`` for a whole job: code and settings.
 
     Raises:
         UsageError: A setting that would be forwarded holds a password.
     """
-    if JOB_VARIABLE in os.environ:
-        return {}
     here = Path(__file__).resolve().parent.parent
     return {
         "py_modules": [str(here / name) for name in PACKAGES],
         "excludes": ["__pycache__"],
         "env_vars": settings(),
     }
+
+
+def driver_env() -> dict[str, Any]:
+    """The same for a driver that joins a cluster; empty in a submitted job, which has it all."""
+    return {} if JOB_VARIABLE in os.environ else runtime_env()
 
 
 def settings() -> dict[str, str]:

@@ -88,7 +88,7 @@ def _launch(executor: Literal["inline", "local"], units: int, checkpoints: int) 
     with tempfile.TemporaryDirectory(prefix="flatcensus-bench-") as folder:
         run = _prepared(Path(folder), units, checkpoints)
         task = run.plan().units[0]
-        opener, opened = executor_opener(run.manifest, executor), []
+        opener, opened = executor_opener(run, executor), []
 
         def open_executor() -> Executor:
             opened.append((time.time(), time.process_time()))
