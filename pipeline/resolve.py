@@ -23,7 +23,7 @@ from pipeline.planned_images import (
     outputs_of_classes,
     reads_labels,
 )
-from pipeline.shards import shard_key
+from pipeline.shards import has_shard
 from pipeline.specs import (
     KEY_VERSION,
     TRAINING_BLOCK,
@@ -86,7 +86,7 @@ def resolve(manifest: Manifest, store: Store, *, tentative: bool = False) -> Res
     for entry in manifest.train:
         spec = _train_spec(entry, datasets)
         specs.append(spec)
-        if not store.exists(shard_key(spec.key, TRAINING_BLOCK)):
+        if not has_shard(store, spec.key, TRAINING_BLOCK):
             untrained.append(TrainedRef(entry, spec.key))
             continue
         directory = store.local_folder(checkpoint_folder(spec.key))

@@ -1,310 +1,385 @@
-"""Shards: the Parquet file of one unit, which proves its own integrity.
+"""The results in a run folder: shards, one file per unit, and packs of many; both alike.
 
-A shard carries its unit's record and a SHA-256 digest in its own key-value metadata. The digest is
-taken over the whole file with the digest's 64 characters set to '0', then written in place (Thrift
-strings are length-prefixed, so nothing moves). One file therefore vouches for every one of its own
-bytes, footer included, without a second file that could be lost or go out of step.
+Readers see a unit once, wherever it is and however often. While they read, somebody else may pack
+shards or set damaged ones aside: what is gone is then looked for again.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
+import bisect
+import itertools
 import logging
-import re
-from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from collections.abc import Collection, Iterator
+from typing import Literal, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
-import pydantic
 
-from pipeline.errors import ShardError
-from pipeline.schema import CONSTANT_FIELDS, MEASUREMENT_SCHEMA, SCHEMA_VERSION, UnitRecord
-from pipeline.store import MissingKeyError
+from pipeline.errors import ShardError, StoreError
+from pipeline.pack_file import joined
+from pipeline.packs import (
+    DamagedPackError,
+    Group,
+    Pack,
+    check_pack,
+    keep_aside,
+    list_packs,
+    read_group,
+    reported,
+    set_pack_aside,
+)
+from pipeline.schema import UnitRecord
+from pipeline.shard_file import (
+    Quarantined,
+    Shard,
+    ShardName,
+    check_shard,
+    decode_shard,
+    encode_shard,
+    order,
+    parse_key,
+    set_aside,
+    shard_key,
+    shard_record,
+)
+from pipeline.store import Entry, MissingKeyError, Store
+from pipeline.unit_table import RECORD_SCHEMA, record_table, records_of
 from tasks.block import Block
 
-if TYPE_CHECKING:  # tasks imports torch, which readers of shards do not need
-    from pipeline.schema import Constants
-    from pipeline.store import Store
-    from tasks.measurement import Row
+__all__ = [
+    "Found",
+    "Quarantined",
+    "Shard",
+    "ShardName",
+    "decode_shard",
+    "encode_shard",
+    "has_shard",
+    "list_shards",
+    "loose_shards",
+    "parse_key",
+    "peek_record",
+    "quarantine",
+    "read_found",
+    "read_shards",
+    "shard_key",
+    "verify",
+]
 
 _log = logging.getLogger(__name__)
 
-_UNIT, _VERSION, _DIGEST = "flatcensus.unit", "flatcensus.schema_version", "flatcensus.sha256"
-_BLANK = b"0" * 64
-# The digest's key and value as Thrift's compact protocol writes them: two string fields (0x18),
-# each with its length. Control characters cannot occur in the JSON of the unit's record.
-_MARK = b"\x18" + bytes([len(_DIGEST)]) + _DIGEST.encode() + b"\x18" + bytes([len(_BLANK)])
-_TAIL = 8  # a Parquet file ends with the footer's length and b"PAR1"
+MAX_LOOKS = 20  # times that one spec's units may be moved while they are read; chosen
+
+OnCorrupt = Literal["quarantine", "raise"]
 
 
-class Shard(NamedTuple):
-    """A verified shard."""
+class Found(NamedTuple):
+    """Units of one spec in order: their records, and their rows one unit after another."""
 
-    table: pa.Table
-    unit: UnitRecord
-
-
-class ShardName(NamedTuple):
-    """What a shard's key says; ``generation`` is None unless it records a failure."""
-
-    spec_key: str
-    start: int
-    stop: int
-    generation: int | None = None
-    draw_start: int = 0
-    draw_stop: int = 1
-
-    @property
-    def block(self) -> Block:
-        """The samples and draws of the unit."""
-        return Block(range(self.start, self.stop), range(self.draw_start, self.draw_stop))
-
-    @property
-    def key(self) -> str:
-        """The key in the run folder."""
-        return shard_key(self.spec_key, self.block, self.generation)
-
-
-class Quarantined(NamedTuple):
-    """A shard that was set aside: where it was, where it is, and why."""
-
-    key: str
-    moved_to: str
-    reason: str
-
-
-def encode_shard(rows: Sequence[Row], unit: UnitRecord, columns: Constants) -> bytes:
-    """Encode a unit's rows and record; the bytes are a function of the arguments alone.
-
-    Raises:
-        ValueError: The rows do not fit the record or the schema.
-    """
-    if len(rows) != unit.num_rows:
-        raise ValueError(f"unit.num_rows is {unit.num_rows}, but there are {len(rows)} rows")
-    buffer = io.BytesIO()
-    with pq.ParquetWriter(
-        buffer, MEASUREMENT_SCHEMA, compression="zstd", write_page_checksum=True
-    ) as writer:
-        writer.write_table(_table(rows, unit, columns))
-        writer.add_key_value_metadata(
-            {
-                _UNIT: unit.model_dump_json(by_alias=True),
-                _VERSION: str(SCHEMA_VERSION),
-                _DIGEST: _BLANK.decode(),
-            }
-        )
-    data = bytearray(buffer.getvalue())
-    place = _digest_place(data)
-    assert place is not None, "the Parquet writer changed its layout"
-    assert data[place : place + len(_BLANK)] == _BLANK, "the digest's place is not blank"
-    data[place : place + len(_BLANK)] = hashlib.sha256(data).hexdigest().encode()
-    shard = decode_shard(bytes(data), key=_name(unit).key)
-    # Compared as JSON, because NaN differs from itself.
-    assert shard.unit.model_dump_json() == unit.model_dump_json(), (
-        "the record does not read back as it was written"
-    )
-    return bytes(data)
-
-
-def decode_shard(data: bytes, *, key: str) -> Shard:
-    """Verify and read a shard.
-
-    Raises:
-        ShardError: Any byte differs from what was written, the schema version is another, or the
-            file is not under its own name.
-    """
-    place = _digest_place(data)
-    if place is None:
-        raise ShardError(key, f"not a complete shard ({len(data)} bytes): truncated or damaged")
-    digest = data[place : place + len(_BLANK)]
-    content = b"".join((data[:place], _BLANK, data[place + len(_BLANK) :]))
-    if hashlib.sha256(content).hexdigest().encode() != digest:
-        raise ShardError(key, "its SHA-256 does not match its content: damaged after writing")
-    file = pq.ParquetFile(pa.BufferReader(data))
-    metadata = file.metadata.metadata or {}
-    _check_version(metadata.get(_VERSION.encode(), b"").decode(), key)
-    try:
-        unit = UnitRecord.model_validate_json(metadata[_UNIT.encode()])
-    except pydantic.ValidationError as error:
-        raise ShardError(key, f"its unit record is not valid: {error}") from error
-    table = file.read(use_threads=False)
-    if not table.schema.equals(MEASUREMENT_SCHEMA):
-        raise ShardError(key, f"its columns are not those of schema version {SCHEMA_VERSION}")
-    if table.num_rows != unit.num_rows:
-        raise ShardError(key, f"has {table.num_rows} rows, its record says {unit.num_rows}")
-    if parse_key(key) != _name(unit):
-        raise ShardError(key, f"was written as {_name(unit).key}: renamed or copied by hand")
-    return Shard(table, unit)
-
-
-def shard_key(spec_key: str, block: Block, generation: int | None = None) -> str:
-    """Key of a unit's result, or of its failure record of that generation.
-
-    ``<first sample>-<stop>`` for units without weight draws, then ``x<first draw>-<stop>``.
-    """
-    samples, draws = block.samples, block.draws
-    name = f"{samples.start}-{samples.stop}"
-    if draws != range(1):
-        name += f"x{draws.start}-{draws.stop}"
-    if generation is not None:
-        name += f".failed-{generation}"
-    return f"shards/{spec_key}/{name}.parquet"
-
-
-def parse_key(key: str) -> ShardName | None:
-    """What a key says, or None if it is not a shard's."""
-    match = _KEY.fullmatch(key)
-    if match is None:
-        return None
-    spec_key, start, stop, draw_start, draw_stop, generation = match.groups()
-    name = ShardName(
-        spec_key,
-        int(start),
-        int(stop),
-        None if generation is None else int(generation),
-        int(draw_start or 0),
-        int(draw_stop or 1),
-    )
-    return name if name.key == key and len(name.block) > 0 else None
-
-
-_KEY = re.compile(
-    r"shards/([^/]+)/([0-9]+)-([0-9]+)(?:x([0-9]+)-([0-9]+))?(?:\.failed-([0-9]+))?\.parquet"
-)
+    units: pa.Table
+    rows: pa.Table
 
 
 def list_shards(
     store: Store, spec_keys: Collection[str] | None = None
 ) -> dict[str, list[ShardName]]:
-    """Names of all shards by spec, sorted by range, from the listing alone: no file is read."""
-    prefixes = (
-        ["shards/"] if spec_keys is None else [f"shards/{k}/" for k in sorted(set(spec_keys))]
-    )
-    found: dict[str, list[ShardName]] = {}
-    for key in (key for prefix in prefixes for key in store.list(prefix)):
-        name = parse_key(key)
-        if name is None:
-            _log.warning("%s is not a shard's name; the file is left alone and not used", key)
-        else:
-            found.setdefault(name.spec_key, []).append(name)
-    for names in found.values():
-        names.sort(key=_order)
-    return found
+    """Names of all units by spec, sorted by range, from listings and indexes: no result is read."""
+    listing = _listed(store, spec_keys)
+    return {key: names for key in listing.spec_keys() if (names := listing.names(key))}
+
+
+def has_shard(store: Store, spec_key: str, block: Block) -> bool:
+    """Whether a unit is done."""
+    key = shard_key(spec_key, block)
+    if store.exists(key):
+        return True
+    wanted = parse_key(key)
+    return any(wanted in pack.index.names.get(spec_key, ()) for pack in list_packs(store))
 
 
 def read_shards(
     store: Store,
     spec_keys: Collection[str] | None = None,
     *,
-    on_corrupt: Literal["quarantine", "raise"] = "quarantine",
+    on_corrupt: OnCorrupt = "quarantine",
     quarantined: list[Quarantined] | None = None,
 ) -> Iterator[Shard]:
-    """Read and verify shards one by one, by spec and range, failures included.
+    """Read and verify units one by one, by spec and range, failures included.
 
     Args:
         store: The run folder.
         spec_keys: Only these specs; None for all.
         on_corrupt: Whether a shard that is damaged or of another schema is moved to
-            ``quarantine/`` (its unit is then to do again) or raised as ShardError.
+            ``quarantine/`` (its unit is then to do again) or raised as ShardError; packs alike.
         quarantined: Receives what was set aside; it is logged as a warning in any case.
     """
-    for names in list_shards(store, spec_keys).values():
-        for name in names:
+    found = read_found(store, spec_keys, on_corrupt=on_corrupt, quarantined=quarantined)
+    for _, (units, rows) in found:
+        yield from Group(units, rows).shards()
+
+
+def read_found(
+    store: Store,
+    spec_keys: Collection[str] | None = None,
+    *,
+    on_corrupt: OnCorrupt = "quarantine",
+    quarantined: list[Quarantined] | None = None,
+) -> Iterator[tuple[str, Found]]:
+    """The same by spec, for many units at once."""
+    whole = _listed(store, spec_keys, quarantined)
+    for key in whole.spec_keys():
+        listing = whole
+        for _ in range(MAX_LOOKS):
             try:
-                yield decode_shard(store.get(name.key), key=name.key)
+                found = _read(store, listing.places(key), on_corrupt, quarantined)
+                break
             except MissingKeyError:
-                continue  # another reader quarantined it after our listing
-            except ShardError as error:
+                pass
+            except DamagedPackError as error:
                 if on_corrupt == "raise":
                     raise
-                moved = Quarantined(name.key, quarantine(store, name), error.reason)
-                _log.warning("%s was moved to %s: %s", *moved)
-                if quarantined is not None:
-                    quarantined.append(moved)
+                item = set_pack_aside(store, error)
+                if item is not None and quarantined is not None:
+                    quarantined.append(item)
+            listing = _listed(store, [key], quarantined)
+        else:
+            raise StoreError(
+                f"the results below {store.uri}/shards/{key} were moved {MAX_LOOKS} times while "
+                "they were read. Try again when nobody else works on them"
+            )
+        if len(found.units):
+            yield key, found
 
 
-def verify(store: Store, known: set[str]) -> list[Quarantined]:
-    """Read every shard that is not known to be sound, check every byte, set aside what is damaged.
+def verify(store: Store, known: set[str] | None = None) -> list[Quarantined]:
+    """Read and check every byte of shards and packs, and set aside what is damaged.
 
     Args:
         store: The run folder.
-        known: Keys that were verified before; sound ones are added.
+        known: Objects that were found sound before, not to be read again while nobody rewrites
+            them; filled in.
     """
+    known = set() if known is None else known
     quarantined: list[Quarantined] = []
-    for shard in read_shards(store, quarantined=quarantined):
-        known.add(_name(shard.unit).key)
+    for entry in store.entries("shards/"):
+        name, here = parse_key(entry.key), f"{entry.key} {entry.stamp}"
+        if name is None or here in known:
+            continue
+        try:
+            check_shard(store.get(entry.key), key=entry.key)
+        except MissingKeyError:
+            continue  # packed or set aside since
+        except ShardError as error:
+            _quarantine(store, name, error, quarantined)
+        else:
+            known.add(here)
+    for pack in list_packs(store, quarantined):
+        if pack.known_as in known:
+            continue
+        try:
+            check_pack(store, pack)
+            _check_copy(store, pack, quarantined)
+        except MissingKeyError:
+            continue
+        except DamagedPackError as error:
+            item = set_pack_aside(store, error)
+            if item is not None:
+                quarantined.append(item)
+        else:
+            known.add(pack.known_as)
     return quarantined
 
 
 def peek_record(store: Store, key: str) -> UnitRecord | None:
-    """A shard's record from its footer alone, unverified; None if it cannot be read.
+    """A unit's record by the key of its shard, unverified; None if it cannot be read.
 
-    For statistics over many shards that no number depends on.
+    For statistics over many units that no number depends on.
     """
     try:
-        metadata = pq.read_metadata(pa.BufferReader(store.get(key))).metadata or {}
-        return UnitRecord.model_validate_json(metadata[_UNIT.encode()])
-    except (MissingKeyError, pa.ArrowInvalid, KeyError, pydantic.ValidationError):
+        return shard_record(store.get(key))
+    except MissingKeyError:
+        name = parse_key(key)
+    if name is None:
         return None
+    for pack in list_packs(store):
+        names = pack.index.names.get(name.spec_key, ())
+        if name in names:
+            place = pack.index.first_place[name.spec_key] + names.index(name)
+            try:
+                number, offset = _group_of(pack, place)
+                (record,) = records_of(read_group(store, pack, number).units.slice(offset, 1))
+            except (ShardError, MissingKeyError):
+                return None
+            return record
+    return None
 
 
 def quarantine(store: Store, name: ShardName) -> str:
     """Move a shard out of the way, keeping its bytes. Returns the new key."""
-    base = name.key.removeprefix("shards/")
-    number = 0
-    while not store.move(name.key, target := f"quarantine/{base}.{number}"):
-        number += 1
-    return target
+    return set_aside(store, name.key)
 
 
-def _order(name: ShardName) -> tuple[int, ...]:
-    generation = -1 if name.generation is None else name.generation
-    return (name.draw_start, name.start, name.stop, name.draw_stop, generation)
+def loose_shards(
+    store: Store, spec_keys: Collection[str] | None = None
+) -> Iterator[tuple[ShardName, Entry]]:
+    """Units that have a file of their own, with its stamp."""
+    for prefix in _prefixes(spec_keys):
+        for entry in store.entries(prefix):
+            name = parse_key(entry.key)
+            if name is not None:
+                yield name, entry
 
 
-def _table(rows: Sequence[Row], unit: UnitRecord, columns: Constants) -> pa.Table:
-    """The rows as a table of MEASUREMENT_SCHEMA."""
-    constant_names = {field.name for field in CONSTANT_FIELDS}
-    arrays = []
-    for field in MEASUREMENT_SCHEMA:
-        if field.name in constant_names:
-            source = columns if hasattr(columns, field.name) else unit
-            values = [getattr(source, field.name)] * len(rows)
+# A pack with the unit's place in it; None for a shard.
+_Place = tuple[Pack, int] | None
+
+
+class _Listing(NamedTuple):
+    """What is where. Packs go before shards, older ones before newer ones."""
+
+    loose: dict[str, list[ShardName]]
+    packs: list[Pack]
+    wanted: Collection[str] | None
+
+    def spec_keys(self) -> list[str]:
+        """Specs that have units."""
+        found = set(self.loose)
+        for pack in self.packs:
+            found.update(
+                pack.index.names
+                if self.wanted is None
+                else (key for key in self.wanted if key in pack.index.names)
+            )
+        return sorted(found)
+
+    def names(self, key: str) -> list[ShardName]:
+        """The units of a spec, each once, in order."""
+        parts = [pack.index.names[key] for pack in self.packs if key in pack.index.names]
+        loose = self.loose.get(key, [])
+        if not parts:
+            return loose
+        if len(parts) == 1 and not loose:
+            return list(parts[0])
+        return sorted({*itertools.chain(*parts), *loose}, key=order)
+
+    def places(self, key: str) -> list[tuple[ShardName, _Place]]:
+        """The same with where they are."""
+        found: dict[ShardName, _Place] = {}
+        for pack in self.packs:
+            start = pack.index.first_place.get(key, 0)
+            for place, name in enumerate(pack.index.names.get(key, ()), start=start):
+                found.setdefault(name, (pack, place))
+        for name in self.loose.get(key, ()):
+            found.setdefault(name, None)
+        return sorted(found.items(), key=lambda item: order(item[0]))
+
+
+def _listed(
+    store: Store,
+    spec_keys: Collection[str] | None,
+    quarantined: list[Quarantined] | None = None,
+) -> _Listing:
+    """Shards first: what is packed meanwhile is then found in its pack."""
+    loose: dict[str, list[ShardName]] = {}
+    for key in itertools.chain.from_iterable(map(store.list, _prefixes(spec_keys))):
+        name = parse_key(key)
+        if name is None:
+            _log.warning("%s is not a shard's name; the file is left alone and not used", key)
         else:
-            values = [getattr(row, field.name) for row in rows]
-        if not field.nullable and None in values:
-            raise ValueError(f"column {field.name!r} must have a value in every row, found None")
-        arrays.append(pa.array(values, type=field.type))
-    return pa.table(arrays, schema=MEASUREMENT_SCHEMA)
-
-
-def _name(unit: UnitRecord) -> ShardName:
-    generation = unit.generation if unit.status == "failed" else None
-    return ShardName(
-        unit.spec_key, unit.start, unit.stop, generation, unit.draw_start, unit.draw_stop
+            loose.setdefault(name.spec_key, []).append(name)
+    for names in loose.values():
+        names.sort(key=order)
+    return _Listing(
+        loose, list_packs(store, quarantined), None if spec_keys is None else set(spec_keys)
     )
 
 
-def _digest_place(data: bytes | bytearray) -> int | None:
-    """Offset of the digest's characters, or None if this is not a whole shard."""
-    if len(data) < _TAIL or data[-4:] != b"PAR1":
-        return None
-    footer_start = len(data) - _TAIL - int.from_bytes(data[-_TAIL:-4], "little")
-    # Key-value metadata comes after the column statistics, so the last mark is the real one.
-    mark = data.rfind(_MARK, max(footer_start, 0), len(data) - _TAIL - len(_BLANK))
-    return None if footer_start < 4 or mark < 0 else mark + len(_MARK)
+def _prefixes(spec_keys: Collection[str] | None) -> list[str]:
+    return ["shards/"] if spec_keys is None else [f"shards/{k}/" for k in sorted(set(spec_keys))]
 
 
-def _check_version(version: str, key: str) -> None:
-    if version == str(SCHEMA_VERSION):
+def _read(
+    store: Store,
+    places: list[tuple[ShardName, _Place]],
+    on_corrupt: OnCorrupt,
+    quarantined: list[Quarantined] | None,
+) -> Found:
+    """The units at these places; neighbours in a group are cut out together."""
+    parts: list[Group] = []
+    waiting: list[Shard] = []
+    run: tuple[Pack, int, int] | None = None
+
+    def flush() -> None:
+        nonlocal run
+        if waiting:
+            units = record_table(shard.unit for shard in waiting)
+            parts.append(Group(units, joined([shard.table for shard in waiting])))
+            waiting.clear()
+        if run is not None:
+            parts.extend(_cut(store, *run))
+            run = None
+
+    for name, place in places:
+        if place is None:
+            if run is not None:
+                flush()
+            try:
+                waiting.append(decode_shard(store.get(name.key), key=name.key))
+            except ShardError as error:
+                if on_corrupt == "raise":
+                    raise
+                _quarantine(store, name, error, quarantined)
+        elif run is not None and run[0] is place[0] and run[2] == place[1]:
+            run = (run[0], run[1], place[1] + 1)
+        else:
+            flush()
+            run = (*place, place[1] + 1)
+    flush()
+    units = [part.units for part in parts]
+    return Found(
+        pa.concat_tables(units) if units else RECORD_SCHEMA.empty_table(),
+        joined([part.rows for part in parts]),
+    )
+
+
+def _cut(store: Store, pack: Pack, start: int, stop: int) -> Iterator[Group]:
+    """The units of a pack between two places."""
+    while start < stop:
+        number, first = _group_of(pack, start)
+        group = read_group(store, pack, number)
+        last = min(first + stop - start, len(group.units))
+        counts = group.units["num_rows"].to_pylist()
+        before, inside = sum(counts[:first]), sum(counts[first:last])
+        yield Group(group.units.slice(first, last - first), group.rows.slice(before, inside))
+        start += last - first
+
+
+def _group_of(pack: Pack, place: int) -> tuple[int, int]:
+    """Number of the group at a place, and the place within it."""
+    starts = pack.index.group_starts
+    number = bisect.bisect_right(starts, place) - 1
+    return number, place - starts[number]
+
+
+def _quarantine(
+    store: Store, name: ShardName, error: ShardError, quarantined: list[Quarantined] | None
+) -> None:
+    try:
+        item = reported(Quarantined(name.key, quarantine(store, name), error.reason))
+    except MissingKeyError:
+        return  # somebody else was faster
+    if quarantined is not None:
+        quarantined.append(item)
+
+
+def _check_copy(store: Store, pack: Pack, quarantined: list[Quarantined]) -> None:
+    """The copy of an index equals it, or is written again."""
+    key, good = pack.index.copy_key, store.get(pack.index.key)
+    try:
+        found = store.get(key)
+    except MissingKeyError:
+        store.put(key, good)
         return
-    newer = version.isdigit() and int(version) > SCHEMA_VERSION
-    todo = (
-        "update flatcensus to read it" if newer else "run `flatcensus resume` to compute it again"
-    )
-    raise ShardError(
-        key,
-        f"schema version {version or 'missing'!r}, this flatcensus reads {SCHEMA_VERSION}: {todo}",
-    )
+    if found != good:
+        moved = keep_aside(store, key, found)
+        store.put(key, good)
+        reason = "the copy of an index is damaged; written again, nothing is lost"
+        quarantined.append(reported(Quarantined(key, moved, reason)))

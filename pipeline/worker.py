@@ -30,7 +30,7 @@ from pipeline.hub_file import identified
 from pipeline.outcome import HINTS, FailureClass, Outcome
 from pipeline.planned_images import open_dataset
 from pipeline.schema import Constants, Failure, UnitRecord
-from pipeline.shards import decode_shard, encode_shard, shard_key
+from pipeline.shards import decode_shard, encode_shard, has_shard, shard_key
 from pipeline.specs import Task, checkpoint_folder
 from pipeline.store import Store, open_store
 from pipeline.versions import code_version, versions
@@ -224,7 +224,7 @@ def _train(task: Task, bench: Workbench, store: Store) -> tuple[list[Row], dict[
             model_args=trained.model_args, data_config=trained.data_config, family=entry.family,
             label_names=images.class_names,
         )  # fmt: skip
-        committed = store.exists(shard_key(task.spec.key, task.block))
+        committed = has_shard(store, task.spec.key, task.block)
         for file in sorted(Path(folder).iterdir()):
             key, data = f"{checkpoint_folder(task.spec.key)}/{file.name}", file.read_bytes()
             artifacts[key] = hashlib.sha256(data).hexdigest()

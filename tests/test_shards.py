@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import schema, shards
+from pipeline import schema, shard_file
 from pipeline.coverage import missing_blocks
 from pipeline.errors import ShardError
 from pipeline.schema import Constants, Failure, UnitRecord
@@ -158,7 +158,7 @@ def test_failures_with_undecodable_text_are_recorded_anyway():
 
 
 def test_text_that_looks_like_the_digest_does_not_confuse_it():
-    mark = shards._MARK.decode("latin-1") + "0" * 64
+    mark = shard_file._MARK.decode("latin-1") + "0" * 64
     failure = Failure(class_="x", type="E", message=mark, traceback=mark)
     encode_shard([], _unit(status="failed", failure=failure), CONSTANTS)
     rows = [dataclasses.replace(row, layer=mark) for row in _rows(64)]
@@ -170,7 +170,7 @@ def test_text_that_looks_like_the_digest_does_not_confuse_it():
 
 def test_no_single_bit_flip_passes():
     data = _shard()
-    place = shards._digest_place(data)
+    place = shard_file._digest_place(data)
     assert place is not None
     rng = random.Random(1)
     # Everywhere at random, every bit of the digest and of the file's tail, and both ends.
@@ -207,7 +207,7 @@ def test_another_schema_version_is_refused_and_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch, version: int, advice: str
 ):
     data = _shard()
-    monkeypatch.setattr(shards, "SCHEMA_VERSION", version)
+    monkeypatch.setattr(shard_file, "SCHEMA_VERSION", version)
     other = _shard()
     with pytest.raises(ShardError, match="schema version '1'"):
         decode_shard(data, key=KEY)
@@ -351,5 +351,5 @@ def test_a_shard_that_another_reader_set_aside_is_skipped(store: Store):
     _fill(store)
     reader = read_shards(store)
     next(reader)
-    quarantine(store, ShardName("a", 64, 128))
-    assert [(s.unit.spec_key, s.unit.start) for s in reader] == [("b", 0), ("b", 64)]
+    quarantine(store, ShardName("b", 0, 64))
+    assert [(s.unit.spec_key, s.unit.start) for s in reader] == [("a", 64), ("b", 64)]
