@@ -12,8 +12,10 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from pipeline import hub_commands
+from pipeline import cluster_commands, hub_commands
+from pipeline.cluster_commands import launch_detached
 from pipeline.command import (
+    DetachOption,
     JsonOption,
     ManifestArg,
     OnOption,
@@ -133,21 +135,29 @@ def launch(
     manifest: ManifestArg,
     run_folder: RunOption = None,
     on: OnOption = "local",
+    detach: DetachOption = False,
     as_json: JsonOption = False,
 ) -> int:
     """Run a manifest to the end: train, measure, reduce, report. Again: continue."""
     from pipeline.run import start_run
 
-    return launch_run(Console(as_json=as_json), start_run(manifest, run_folder), on=on)
+    console, run = Console(as_json=as_json), start_run(manifest, run_folder)
+    return launch_detached(console, run, on=on) if detach else launch_run(console, run, on=on)
 
 
 @app.command()
 @reported
-def resume(run: RunArg, on: OnOption = "local", as_json: JsonOption = False) -> int:
+def resume(
+    run: RunArg,
+    on: OnOption = "local",
+    detach: DetachOption = False,
+    as_json: JsonOption = False,
+) -> int:
     """Continue a run from its folder alone, and try its failed units again."""
     from pipeline.run import open_run
 
-    return launch_run(Console(as_json=as_json), open_run(run), on=on, retry_failed=True)
+    start = launch_detached if detach else launch_run
+    return start(Console(as_json=as_json), open_run(run), on=on, retry_failed=True)
 
 
 @app.command()
@@ -155,6 +165,7 @@ def resume(run: RunArg, on: OnOption = "local", as_json: JsonOption = False) -> 
 def status(run: RunArg, as_json: JsonOption = False) -> int:
     """Show what is done, to do and failed. Reads the run folder only."""
     from pipeline.labels import counted
+    from pipeline.launches import read_launches
     from pipeline.plan_view import show_unresolved
     from pipeline.progress import status_table
     from pipeline.reduce import published_table
@@ -166,14 +177,25 @@ def status(run: RunArg, as_json: JsonOption = False) -> int:
     console.table(status_table(current))
     show_unresolved(console, current)
     show_bounds(console, run, published_table(opened.store, "bounds"), when=", when last reduced")
-    if current.num_failed:
+    launches = read_launches(opened.store)
+    for line in cluster_commands.launch_lines(launches):
+        console.say(line)
+    running = [record for record in launches if cluster_commands.is_running(record)]
+    if running and running[-1].job is not None:
+        console.next_step(f"flatcensus logs {shown(run)} --follow", "watch it")
+    elif current.num_failed:
         console.next_step(f"flatcensus query {shown(run)} failures", "why they failed")
     elif current.units:
         todo = f"{counted(len(current.units), 'unit')} to do"
-        console.next_step(f"flatcensus resume {shown(run)}", todo)
+        resume = cluster_commands.resume_command(run, launches[-1] if launches else None)
+        console.next_step(resume, todo)
     else:
         console.next_step(f"flatcensus report {shown(run)}", "all done")
     return EXIT_FAILED_UNITS if current.num_failed else EXIT_OK
+
+
+app.command()(reported(cluster_commands.logs))
+app.command()(reported(cluster_commands.stop))
 
 
 @app.command()

@@ -25,6 +25,9 @@ RunOption = Annotated[
 OnOption = Annotated[
     str, typer.Option("--on", help="inline, local (Ray on this machine), or a Ray address.")
 ]
+DetachOption = Annotated[
+    bool, typer.Option("--detach", help="Submit it as a job of the cluster named by --on.")
+]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")
 ]

@@ -34,7 +34,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run")
     parser.add_argument("--launch", required=True)
     parser.add_argument("--retry-failed", action="store_true")
-    parser.add_argument("--train-only", action="store_true")
     given = parser.parse_args(arguments)
     console = Console()
     store = open_store(given.run)
@@ -104,7 +103,7 @@ def _launch(console: Console, store: Store, given: argparse.Namespace) -> int:
         )
     return launch_run(
         console, open_run(given.run), on=os.environ.get("RAY_ADDRESS", "auto"),
-        retry_failed=given.retry_failed, train_only=given.train_only, launch_id=given.launch,
+        retry_failed=given.retry_failed, launch_id=given.launch,
     )  # fmt: skip
 
 
