@@ -2,25 +2,32 @@
 
 With it ``status``, ``query``, ``correlate`` and ``report`` need the run folder alone: no weights,
 no images, no hub. It is a memory, not an authority: planning and launching always resolve anew.
+
+Many specs say the same (one network under ten measurements, ten networks of one architecture), so
+each value is written once, in ``values``, and specs name its place there.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 from pipeline.entries import DataSpec, Manifest
 from pipeline.errors import StoreError
 from pipeline.hub_file import UNLOCKED
-from pipeline.shards import shard_key
+from pipeline.shards import has_shard
 from pipeline.specs import TRAINING_BLOCK, Resolved, Spec, TrainedRef, Unresolved
 from pipeline.store import Store
 from tasks.checkpoints import CheckpointRef
 from tasks.outline import LayerOutline, Outline
 
 FROZEN = "resolved.json"
+# The digest of the rest stands before it, so that a flipped bit is no other checkpoint.
+_START, _MIDDLE, _END = b'{"sha256": "', b'", "known": ', b"}\n"
+_DIGITS = 64
 
 
 def freeze(resolved: Resolved, manifest: Manifest, store: Store) -> None:
@@ -28,16 +35,18 @@ def freeze(resolved: Resolved, manifest: Manifest, store: Store) -> None:
     identities = [spec.data_identity for spec in resolved.specs]
     identities += [spec.ref.identity for spec in resolved.specs if spec.ref is not None]
     assert not any(i.startswith(UNLOCKED) for i in identities), "a plan's specs are no run's"
+    writer = _Writer(manifest)
     known = {
         "manifest": _digest(manifest),
-        "specs": [_spec_record(spec, manifest) for spec in resolved.specs],
+        "specs": [writer.record(spec) for spec in resolved.specs],
+        "values": writer.values,
         "unresolved": [asdict(item) for item in resolved.unresolved],
         "untrained": [
-            {"train": manifest.train.index(ref.entry), "spec_key": ref.spec_key}
+            {"train": writer.trainings[id(ref.entry)], "spec_key": ref.spec_key}
             for ref in resolved.untrained
         ],
     }
-    store.put(FROZEN, json.dumps(known, indent=1).encode())
+    store.put(FROZEN, _sealed(json.dumps(known, separators=(",", ":")).encode()))
 
 
 def thaw(manifest: Manifest, store: Store) -> Resolved | None:
@@ -49,7 +58,7 @@ def thaw(manifest: Manifest, store: Store) -> Resolved | None:
     if not store.exists(FROZEN):
         return None
     try:
-        return _thawed(json.loads(store.get(FROZEN)), manifest, store)
+        return _thawed(_body(store.get(FROZEN)), manifest, store)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise StoreError(
             f"{store.uri}/{FROZEN} is damaged ({type(error).__name__}: "
@@ -57,14 +66,29 @@ def thaw(manifest: Manifest, store: Store) -> Resolved | None:
         ) from error
 
 
+def _body(data: bytes) -> dict[str, Any]:
+    """What was written, checked; an older flatcensus wrote it without a digest."""
+    if not data.startswith(_START):
+        return json.loads(data)
+    body = data[len(_START) + _DIGITS + len(_MIDDLE) : -len(_END)]
+    if _sealed(body) != data:
+        raise ValueError("its SHA-256 does not match its content")
+    return json.loads(body)
+
+
+def _sealed(body: bytes) -> bytes:
+    digest = hashlib.sha256(body).hexdigest().encode()
+    return b"".join((_START, digest, _MIDDLE, body, _END))
+
+
 def _thawed(known: dict[str, Any], manifest: Manifest, store: Store) -> Resolved | None:
-    trained = any(
-        store.exists(shard_key(item["spec_key"], TRAINING_BLOCK)) for item in known["untrained"]
-    )
+    trained = any(has_shard(store, item["spec_key"], TRAINING_BLOCK) for item in known["untrained"])
     if known["manifest"] != _digest(manifest) or trained:
         return None
+    known = _with_values(known)
+    reader = _Reader(manifest, known["values"])
     return Resolved(
-        specs=tuple(_spec(record, manifest) for record in known["specs"]),
+        specs=tuple(reader.spec(record) for record in known["specs"]),
         unresolved=tuple(Unresolved(**item) for item in known["unresolved"]),
         untrained=tuple(
             TrainedRef(manifest.train[item["train"]], item["spec_key"])
@@ -73,37 +97,99 @@ def _thawed(known: dict[str, Any], manifest: Manifest, store: Store) -> Resolved
     )
 
 
-def _spec_record(spec: Spec, manifest: Manifest) -> dict[str, Any]:
-    """A spec as JSON values; what the manifest says is kept as its place there."""
-    plain = ("key", "kind", "checkpoint", "family", "tag", "metric", "label", "fields",
-             "data_identity", "available", "num_samples")  # fmt: skip
-    return {
-        **{name: getattr(spec, name) for name in plain},
-        "ref": None if spec.ref is None else spec.ref.model_dump(mode="json"),
-        "measurement": None if spec.entry is None else manifest.measurements.index(spec.entry),
-        "train": None if spec.train is None else manifest.train.index(spec.train),
-        "data": spec.data.model_dump(mode="json", exclude_unset=True),
-        "network": asdict(spec.network),
-    }
+# Of a spec as it is, and what takes a place in ``values``.
+_PLAIN = ("key", "kind", "checkpoint", "label", "available", "num_samples")
+_SHARED = ("family", "tag", "metric", "data_identity", "stored", "ref", "data", "network")
 
 
-def _spec(record: dict[str, Any], manifest: Manifest) -> Spec:
-    measurement, train = record.pop("measurement"), record.pop("train")
-    return Spec(
-        **{
-            **record,
-            "ref": None if record["ref"] is None else CheckpointRef(**record["ref"]),
-            "entry": None if measurement is None else manifest.measurements[measurement],
-            "train": None if train is None else manifest.train[train],
-            "data": DataSpec(**record["data"]),
-            "network": _outline(record["network"]),
+class _Writer:
+    """Specs as JSON values; what the manifest says is kept as its place there."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.measurements = {id(entry): i for i, entry in enumerate(manifest.measurements)}
+        self.trainings = {id(entry): i for i, entry in enumerate(manifest.train)}
+        self.values: list[Any] = []
+        self.places: dict[str, int] = {}  # of a value, by its JSON
+        self.known: dict[int, int] = {}  # of a value, by the object that it was made of
+
+    def record(self, spec: Spec) -> dict[str, Any]:
+        return {
+            **{name: getattr(spec, name) for name in _PLAIN},
+            **{name: self.place(getattr(spec, name)) for name in _SHARED},
+            "fields": {name: self.place(value) for name, value in spec.fields.items()},
+            "measurement": None if spec.entry is None else self.measurements[id(spec.entry)],
+            "train": None if spec.train is None else self.trainings[id(spec.train)],
         }
-    )
+
+    def place(self, value: Any) -> int:
+        """Where a value is in ``values``; the specs keep it alive meanwhile."""
+        if id(value) not in self.known:
+            plain = _plain(value)
+            text = json.dumps(plain)
+            if text not in self.places:
+                self.places[text] = len(self.values)
+                self.values.append(plain)
+            self.known[id(value)] = self.places[text]
+        return self.known[id(value)]
+
+
+def _plain(value: Any) -> Any:
+    """A value of a spec as JSON has it."""
+    if isinstance(value, CheckpointRef):
+        return value.model_dump(mode="json")
+    if isinstance(value, DataSpec):
+        return value.model_dump(mode="json", exclude_unset=True)
+    return asdict(value) if isinstance(value, Outline) else value
+
+
+class _Reader:
+    """Specs of their records; equal parts become one object."""
+
+    def __init__(self, manifest: Manifest, values: list[Any]) -> None:
+        self.manifest, self.values = manifest, values
+        self.made: dict[tuple[str, int], Any] = {}
+
+    def spec(self, record: dict[str, Any]) -> Spec:
+        measurement, train = record["measurement"], record["train"]
+        return Spec(
+            **{name: record[name] for name in _PLAIN},
+            **{name: self.part(name, record[name]) for name in _SHARED},
+            fields={name: self.values[place] for name, place in record["fields"].items()},
+            entry=None if measurement is None else self.manifest.measurements[measurement],
+            train=None if train is None else self.manifest.train[train],
+        )
+
+    def part(self, name: str, place: int) -> Any:
+        """What a spec has under this name."""
+        if (name, place) not in self.made:
+            value = self.values[place]
+            self.made[name, place] = _MAKERS[name](value) if name in _MAKERS else value
+        return self.made[name, place]
+
+
+def _with_values(known: dict[str, Any]) -> dict[str, Any]:
+    """The same with values in their place, where an older flatcensus wrote them into each spec."""
+    if "values" in known:
+        return known
+    values: list[Any] = []
+    for record in known["specs"]:
+        for part, names in ((record, _SHARED), (record["fields"], list(record["fields"]))):
+            for name in names:
+                values.append(part.get(name))
+                part[name] = len(values) - 1
+    return {**known, "values": values}
 
 
 def _outline(record: dict[str, Any]) -> Outline:
     layers = tuple(LayerOutline(**layer) for layer in record.get("layers", ()))
     return Outline(**{**record, "layers": layers})
+
+
+_MAKERS: dict[str, Callable[[Any], Any]] = {
+    "ref": lambda value: None if value is None else CheckpointRef(**value),
+    "data": lambda value: DataSpec(**value),
+    "network": _outline,
+}
 
 
 def _digest(manifest: Manifest) -> str:

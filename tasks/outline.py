@@ -121,12 +121,19 @@ def outline_architecture(
     """
     config = _configuration(architecture, pretrained_cfg)
     shape = {name: value for name, value in config.items() if name not in _NO_SHAPE}
-    named = architecture.partition(".")[0], dict(model_args), shape
-    counts = _counted(json.dumps(named, sort_keys=True, default=list))
-    sizes = {name: value for name, value in vars(counts).items() if name != "layers"}
+    named = json.dumps(
+        (architecture.partition(".")[0], dict(model_args), shape), sort_keys=True, default=list
+    )
     # An argument without effect, because an empty configuration alone is refused.
     data_config = resolve_data_config({"mean": None}, pretrained_cfg=config)
-    return Outline(data_config=data_config, layers=counts.layers, **sizes)
+    counts, alike = _counted(named), (named, repr(data_config))
+    if alike not in _OUTLINES:  # ten thousand checkpoints of one architecture are one object
+        sizes = {name: value for name, value in vars(counts).items() if name != "layers"}
+        _OUTLINES[alike] = Outline(data_config=data_config, layers=counts.layers, **sizes)
+    return _OUTLINES[alike]
+
+
+_OUTLINES: dict[tuple[str, str], Outline] = {}
 
 
 def _configuration(architecture: str, pretrained_cfg: Mapping[str, Any]) -> dict[str, Any]:

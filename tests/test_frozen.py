@@ -1,5 +1,7 @@
 """A run folder speaks for itself: without its weights and images, wherever it is copied."""
 
+import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -7,7 +9,8 @@ import pytest
 from commands import call
 from populations import Quiet, save_mlp, write_manifest
 
-from pipeline.frozen import FROZEN, thaw
+from pipeline.errors import StoreError
+from pipeline.frozen import FROZEN, freeze, thaw
 from pipeline.resolve import resolve
 from pipeline.run import Run, execute, open_run, start_run
 
@@ -34,6 +37,56 @@ def test_the_specs_come_back_as_they_were_resolved(run: Run):
         assert ours.network.forward_flops == theirs.network.forward_flops
         assert ours.network.layers == theirs.network.layers != ()
     assert not known.untrained
+
+
+def test_equal_parts_of_specs_are_kept_once(tmp_path: Path):
+    many = '[[measurements]]\nmetric = "nmls"\nlabel = "m{}"\nmax_iterations = {}\n'
+    sizes = {}
+    for number in (1, 5):
+        for seed in range(number):
+            save_mlp(tmp_path / f"{number}/checkpoints/mlp{seed}", seed=seed)
+        manifest = write_manifest(
+            tmp_path / f"{number}/m.toml", samples=8,
+            measurements="".join(many.format(i, 50 + i) for i in range(number)),
+        )  # fmt: skip
+        run = start_run(manifest, str(tmp_path / f"{number}/run"))
+        resolved = resolve(run.manifest, run.store)
+        assert len({id(spec.network) for spec in resolved.specs}) == 1
+        freeze(resolved, run.manifest, run.store)
+        sizes[number] = len(run.store.get(FROZEN)) / len(resolved.specs)
+        known = thaw(run.manifest, run.store)
+        assert known is not None
+        assert len({id(spec.network) for spec in known.specs}) == 1
+        assert [s.fields for s in known.specs] == [s.fields for s in resolved.specs]
+        assert known.specs[0].network == resolved.specs[0].network
+    assert sizes[5] < sizes[1] / 3, "the network is written once, not 25 times"
+
+
+def test_what_an_older_flatcensus_kept_is_read(run: Run):
+    """It wrote each spec in full, and no digest."""
+    now = thaw(run.manifest, run.store)
+    document = json.loads(run.store.get(FROZEN))["known"]
+    values = document.pop("values")
+    for record in document["specs"]:
+        del record["stored"]
+        for name in ("family", "tag", "metric", "data_identity", "ref", "data", "network"):
+            record[name] = values[record[name]]
+        record["fields"] = {name: values[place] for name, place in record["fields"].items()}
+    run.store.put(FROZEN, json.dumps(document, indent=1).encode())
+    known = thaw(run.manifest, run.store)
+    assert known is not None
+    assert now is not None
+    assert [dataclasses.replace(s, stored=None) for s in now.specs] == list(known.specs)
+
+
+def test_a_flipped_bit_is_no_other_checkpoint(run: Run):
+    content = run.store.get(FROZEN)
+    for place in range(0, len(content), 97):
+        flipped = bytearray(content)
+        flipped[place] ^= 1
+        run.store.put(FROZEN, bytes(flipped))
+        with pytest.raises(StoreError, match=r"resolved\.json is damaged"):
+            thaw(run.manifest, run.store)
 
 
 def test_a_copied_run_is_read_without_its_checkpoints(run: Run, tmp_path: Path):
