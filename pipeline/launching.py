@@ -36,8 +36,6 @@ def launch_run(
         )  # fmt: skip
     finally:
         display.close()
-    for item in result.quarantined:
-        console.warn(f"{item.key} was damaged ({item.reason}); moved to {item.moved_to}")
     for line in result.nondeterminism:
         console.warn(f"nondeterminism: {line}")
     folder = relative(run.store.uri)

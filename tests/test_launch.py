@@ -172,7 +172,7 @@ def test_truncated_shard_is_quarantined_and_its_unit_runs_again(undisturbed: Pat
     process = flatcensus("launch", manifest, "--run", run, "--on", "inline")
     _, messages = process.communicate(timeout=240)
     assert process.returncode == 0, messages
-    assert f"{victim.relative_to(run)} was damaged" in messages
+    assert f"{victim.relative_to(run)} was moved to quarantine/" in messages
     assert "1 unit committed" in messages
     (kept,) = (run / "quarantine").rglob("*.0")
     assert kept.name == victim.name + ".0"
