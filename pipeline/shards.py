@@ -204,7 +204,7 @@ def peek_record(store: Store, key: str) -> UnitRecord | None:
         if name in names:
             place = pack.index.first_place[name.spec_key] + names.index(name)
             try:
-                number, offset = _group_of(pack, place)
+                number, offset = group_of(pack, place)
                 (record,) = records_of(read_group(store, pack, number).units.slice(offset, 1))
             except (ShardError, MissingKeyError):
                 return None
@@ -343,7 +343,7 @@ def _read(
 def _cut(store: Store, pack: Pack, start: int, stop: int) -> Iterator[Group]:
     """The units of a pack between two places."""
     while start < stop:
-        number, first = _group_of(pack, start)
+        number, first = group_of(pack, start)
         group = read_group(store, pack, number)
         last = min(first + stop - start, len(group.units))
         counts = group.units["num_rows"].to_pylist()
@@ -352,8 +352,8 @@ def _cut(store: Store, pack: Pack, start: int, stop: int) -> Iterator[Group]:
         start += last - first
 
 
-def _group_of(pack: Pack, place: int) -> tuple[int, int]:
-    """Number of the group at a place, and the place within it."""
+def group_of(pack: Pack, place: int) -> tuple[int, int]:
+    """The number of the group at a place of a pack, and the place within it."""
     starts = pack.index.group_starts
     number = bisect.bisect_right(starts, place) - 1
     return number, place - starts[number]

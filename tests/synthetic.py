@@ -1,9 +1,16 @@
-"""A measurement for tests of the pipeline: layers, checks, a note and a cost, all known."""
+"""A measurement and shards for tests of the pipeline: layers, checks, a cost, all known."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
+
+from pipeline.schema import Constants, UnitRecord
+from pipeline.shard_file import ShardName, encode_shard, name_of, shard_key
+from pipeline.store import Store
 from tasks.block import Block
 from tasks.measurement import Check, Columns, Estimate, Measurement, Row, Subject
 from tasks.outline import Outline
@@ -76,3 +83,48 @@ class Layered(Measurement):
 
     def note(self, network: Outline) -> str:
         return f"{network.num_outputs} rows at once"
+
+
+def fill_with_shards(
+    store: Store,
+    num_units: int,
+    *,
+    units_per_spec: int = 100,
+    rows_per_unit: int = 16,
+    seed: int = 0,
+    spec_keys: Sequence[str] = (),
+) -> list[ShardName]:
+    """Write many small shards quickly: real bytes, made-up numbers, nothing flushed to disk.
+
+    Args:
+        store: A run folder on this machine's disk.
+        num_units: How many.
+        units_per_spec: Units of ``rows_per_unit`` samples each that one spec has.
+        rows_per_unit: Rows of each.
+        seed: Of the numbers.
+        spec_keys: Names of the specs; made up where they are missing.
+    """
+    rng, names = np.random.default_rng(seed), []
+    root, constants = (
+        Path(store.uri),
+        Constants(metric_version=1, code_version="0", torch_version="0", timm_version="0"),
+    )
+    for number in range(num_units):
+        spec, place = divmod(number, units_per_spec)
+        key = spec_keys[spec] if spec < len(spec_keys) else f"{spec:024x}"
+        samples = range(place * rows_per_unit, (place + 1) * rows_per_unit)
+        values = rng.standard_normal(rows_per_unit).tolist()
+        rows = [Row("size", v, sample=s) for s, v in zip(samples, values, strict=True)]
+        record = UnitRecord(
+            spec_key=key, start=samples.start, stop=samples.stop, checkpoint=f"network{spec}",
+            family="mlp", metric="layered", label="", host="machine", device="cpu x86_64",
+            pid=4000 + number % 7, threads=1, batch_size=16, num_rows=rows_per_unit,
+            started_at="2026-01-01T00:00:00.000+00:00", finished_at="2026-01-01T00:01:00.000+00:00",
+            seconds=60.0 + values[0], predicted_seconds=60.0, cpu_seconds=59.0, load_seconds=0.5,
+            self_tested=False, peak_bytes=10**9, versions={"torch": "2", "flatcensus": "0"},
+        )  # fmt: skip
+        path = root / shard_key(key, record.block)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode_shard(rows, record, constants))
+        names.append(name_of(record))
+    return names
