@@ -11,13 +11,14 @@ import signal
 import time
 from collections.abc import Callable
 
+from pipeline.decisions import keep_decisions, recall_decisions
 from pipeline.entries import Manifest
 from pipeline.executor import Executor
 from pipeline.frozen import freeze
+from pipeline.known_specs import write_specs
 from pipeline.launches import How, LaunchLog, new_launch_id
-from pipeline.plan import Decisions, make_plan
+from pipeline.plan import make_plan
 from pipeline.prefetch import Ahead
-from pipeline.progress import write_specs
 from pipeline.resolve import resolve
 from pipeline.scheduler import Launch, Observer, Scheduler
 from pipeline.shards import verify
@@ -62,7 +63,9 @@ def launch(
         on: Where it runs, for the record.
     """
     result, started = Launch(), time.monotonic()
-    decisions: Decisions = {}
+    frozen: Resolved | None = None
+    decisions = recall_decisions(store)
+    recalled, num_kept = set(decisions), len(decisions)
     verified: set[str] = set()
     executor: Executor | None = None
     scheduler: Scheduler | None = None
@@ -84,18 +87,27 @@ def launch(
                 planning = time.monotonic()
                 if resolved is None or resolved.untrained:  # training makes new checkpoints known
                     resolved = resolve(manifest, store)
-                freeze(resolved, manifest, store)
+                if resolved is not frozen:
+                    freeze(resolved, manifest, store)
+                    write_specs(resolved.specs, store)
+                    frozen = resolved
                 plan = make_plan(
                     manifest, store, resolved=resolved, retry_failed=retry_failed,
                     decisions=decisions,
                 )  # fmt: skip
-                write_specs(plan, store)
+                if len(decisions) > num_kept:
+                    keep_decisions(decisions, store)
+                    num_kept = len(decisions)
                 retry_failed = False  # once; what fails again in this launch stays failed
                 groups = [g for g in plan.units.groups if g.spec.kind == "train" or not train_only]
                 if not groups and not (scheduler and scheduler.remaining):
                     damaged = verify(store, verified)
                     result.quarantined += damaged
-                    if damaged:
+                    asked_anew = not recalled
+                    for memo in recalled:
+                        del decisions[memo]
+                    recalled = set()
+                    if damaged or not asked_anew:
                         continue
                     break
                 if executor is None:

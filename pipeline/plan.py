@@ -19,6 +19,7 @@ from pipeline.cost import (
     unit_bytes,
 )
 from pipeline.coverage import missing_blocks, without
+from pipeline.decisions import Decisions
 from pipeline.entries import Manifest, ResourceSpec
 from pipeline.hub_file import HubFile
 from pipeline.resolve import resolve
@@ -30,8 +31,6 @@ from pipeline.units import Terms, UnitGroup, Units, unit_size
 from tasks.block import Block
 
 State = Literal["done", "todo", "failed"]
-# ``finished`` by spec key, measurement (twins share a key but not their targets) and stage.
-Decisions = dict[tuple[str, str, int], bool]
 
 
 @dataclass(frozen=True)

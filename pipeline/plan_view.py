@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from pipeline.console import Console
+from pipeline.known_specs import stale_lines
 from pipeline.plan import Plan
 from pipeline.plan_summary import CostSummary, cost_lines, family_table, summarize_cost
-from pipeline.progress import numbered_notes, plan_table, stale_lines
+from pipeline.progress import numbered_notes, plan_table
 from pipeline.run import Run
 
 MAX_LINES = 40  # of a table by checkpoint; beyond, one by family and measurement

@@ -1,21 +1,15 @@
-"""What a plan says, as tables: state and reason of each spec, totals, stale results."""
+"""What a plan says, as tables: state and reason of each spec, totals."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
-from typing import Any
 
 import pandas as pd
-import pydantic
 
 from pipeline.labels import counted
 from pipeline.plan import Plan
 from pipeline.plan_summary import measurement_name
-from pipeline.store import Store
 from pipeline.units import UnitGroup
-
-SPEC_FOLDER = "specs"
 
 
 def plan_table(plan: Plan) -> pd.DataFrame:
@@ -90,73 +84,3 @@ def status_table(plan: Plan) -> pd.DataFrame:
     return pd.DataFrame(
         lines, columns=["measurement", "done", "todo", "failed", "waiting", "units_todo"]
     )
-
-
-def write_specs(plan: Plan, store: Store) -> None:
-    """Keep what each key stands for, so that later plans can say what changed."""
-    for item in plan.specs:
-        spec, name = item.spec, f"{SPEC_FOLDER}/{item.spec.key}.json"
-        if store.exists(name):
-            continue
-        known = {
-            "checkpoint": spec.checkpoint, "metric": spec.metric, "label": spec.label,
-            "fields": spec.fields,
-        }  # fmt: skip
-        store.put_new(name, json.dumps(known, indent=1).encode())
-
-
-def stale_lines(plan: Plan, store: Store) -> list[str]:
-    """For results that the manifest no longer asks for: which field differs from what it asks."""
-    lines = []
-    for key in plan.stale:
-        old = _known_spec(store, key)
-        if old is None:
-            lines.append(f"shards/{key}: results of unknown settings, kept and not used")
-            continue
-        what = f"{old.checkpoint} {old.metric}" + (f"@{old.label}" if old.label else "")
-        twins = [
-            item.spec
-            for item in plan.specs
-            if (item.spec.checkpoint, item.spec.metric) == (old.checkpoint, old.metric)
-        ]
-        twin = next((t for t in twins if t.label == old.label), twins[0] if twins else None)
-        changes = _differences(old.fields, twin.fields) if twin else ["no longer in the manifest"]
-        lines.append(f"stale: {what} ({'; '.join(changes)}); kept and not used")
-    return lines
-
-
-class _KnownSpec(pydantic.BaseModel):
-    """What ``write_specs`` keeps of a spec."""
-
-    checkpoint: str
-    metric: str
-    label: str
-    fields: dict[str, Any]
-
-
-def _known_spec(store: Store, key: str) -> _KnownSpec | None:
-    """What a key stands for; None if nobody wrote it down or the file is damaged."""
-    name = f"{SPEC_FOLDER}/{key}.json"
-    if not store.exists(name):
-        return None
-    try:
-        return _KnownSpec.model_validate_json(store.get(name))
-    except pydantic.ValidationError:
-        return None
-
-
-def _differences(old: object, new: object, path: str = "") -> list[str]:
-    """``measurement.tolerance 0.001 -> 0.01`` for every field that differs."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        found = []
-        for key in sorted(old.keys() | new.keys()):
-            where = f"{path}.{key}" if path else str(key)
-            found += _differences(old.get(key), new.get(key), where)
-        return found
-    return [] if old == new else [f"{path} {_short(old)} -> {_short(new)}"]
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    # Identities begin alike and end in what differs.
-    return text if len(text) <= 40 else f"{text[:12]}...{text[-25:]}"

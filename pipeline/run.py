@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.decisions import DECISIONS
 from pipeline.driver import launch
 from pipeline.entries import Manifest
 from pipeline.errors import UsageError
@@ -33,7 +34,7 @@ MANIFEST, RUN = "manifest.toml", "run.json"
 RUN_VERSION = 1
 # What a launch writes; anything else in a folder means that it is somebody else's.
 CONTENTS = frozenset((
-    MANIFEST, RUN, FROZEN, LOCK, "specs", "shards", "checkpoints", "tables", "figures",
+    MANIFEST, RUN, FROZEN, DECISIONS, LOCK, "specs", "shards", "checkpoints", "tables", "figures",
     "report.html", "quarantine", "launches", "packs", "probe",
 ))  # fmt: skip
 TEMPORARY_SECONDS = 3600.0  # older temporaries belong to dead writers: chosen

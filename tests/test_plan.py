@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 import shutil
 from pathlib import Path
@@ -22,21 +23,18 @@ from synthetic import Layered
 from pipeline.calibration import MAX_RECORDS, finished_units
 from pipeline.cost import nominal_rates
 from pipeline.coverage import missing_blocks
+from pipeline.decisions import DECISIONS, recall_decisions
 from pipeline.device_classes import device_class
 from pipeline.entries import DataSpec, MeasurementEntry
+from pipeline.known_specs import SPEC_FOLDER, stale_lines, write_specs
 from pipeline.manifest import ResourceSpec
 from pipeline.plan import make_plan
-from pipeline.progress import (
-    SPEC_FOLDER,
-    numbered_notes,
-    plan_table,
-    stale_lines,
-    status_table,
-)
+from pipeline.progress import numbered_notes, plan_table, status_table
 from pipeline.resolve import resolve
 from pipeline.run import Run, execute, start_run
 from pipeline.shards import list_shards, shard_key
 from pipeline.specs import Spec
+from pipeline.tables import stage_columns
 from pipeline.units import Terms, UnitGroup, Units, split, unit_size
 from tasks.adaptive_sharpness import AdaptiveSharpness
 from tasks.block import Block
@@ -399,8 +397,59 @@ def test_stale_results_are_named_with_the_field_that_differs(tmp_path: Path):
 
 def test_a_launch_keeps_what_each_key_stands_for(tmp_path: Path):
     run = done(prepare(tmp_path, networks=2, samples=16))
-    kept = {name.removeprefix(f"{SPEC_FOLDER}/") for name in run.store.list(f"{SPEC_FOLDER}/")}
-    assert kept == {f"{item.spec.key}.json" for item in run.plan().specs}
+    specs = [item.spec for item in run.plan().specs]
+    (name,) = run.store.list(f"{SPEC_FOLDER}/")
+    kept = json.loads(run.store.get(name))
+    assert {key: value["fields"] for key, value in kept.items()} == {s.key: s.fields for s in specs}
+    write_specs(specs, run.store)
+    assert run.store.list(f"{SPEC_FOLDER}/") == [name], "what is known is not written again"
+    done(prepare(tmp_path, networks=3, samples=16))
+    (other,) = set(run.store.list(f"{SPEC_FOLDER}/")) - {name}
+    assert len(json.loads(run.store.get(other))) == 1, "the new key alone"
+
+
+def test_what_an_older_flatcensus_kept_of_a_key_is_read(tmp_path: Path):
+    """It wrote a file for each."""
+    run = done(prepare(tmp_path, samples=16, measurements=UNREACHABLE.format(draws=2)))
+    (name,) = run.store.list(f"{SPEC_FOLDER}/")
+    ((key, record),) = json.loads(run.store.get(name)).items()
+    run.store.delete(name)
+    run.store.put_new(f"{SPEC_FOLDER}/{key}.json", json.dumps(record, indent=1).encode())
+    write_specs([item.spec for item in run.plan().specs], run.store)
+    assert run.store.list(f"{SPEC_FOLDER}/") == [f"{SPEC_FOLDER}/{key}.json"]
+    other = prepare(tmp_path, samples=16, measurements=UNREACHABLE.format(draws=2) + "rho = 0.2\n")
+    (line,) = stale_lines(other.plan(), other.store)
+    assert "measurement.rho 0.1 -> 0.2" in line
+    run.store.put(f"{SPEC_FOLDER}/{key}.json", b"{}")
+    (line,) = stale_lines(other.plan(), other.store)
+    assert "unknown settings" in line
+
+
+def test_a_launch_that_goes_on_reads_no_row_for_what_was_decided_but_asks_again_at_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[Block] = []
+
+    def counted(store, key, block, damaged):
+        asked.append(block)
+        return stage_columns(store, key, block, damaged)
+
+    monkeypatch.setattr("pipeline.plan.stage_columns", counted)
+    measured = UNREACHABLE.format(draws=8)
+    run = done(prepare(tmp_path, samples=16, measurements=measured))
+    first = list(asked)
+    assert first == [Block(range(16), range(2)), Block(range(16), range(4))]
+    (spec,) = run.plan().specs
+    last = list_shards(run.store)[spec.spec.key][-1]
+    run.store.delete(last.key)
+    asked.clear()
+    plan = make_plan(run.manifest, run.store, decisions=recall_decisions(run.store))
+    assert [unit.block for unit in plan.units] == [last.block]
+    assert not asked
+    done(run)
+    assert asked == first, "no table may rest on what was only remembered"
+    run.store.put(DECISIONS, run.store.get(DECISIONS)[:-9])
+    assert recall_decisions(run.store) == {}
 
 
 def test_plans_of_a_run_use_its_own_times_and_cut_as_before(tmp_path: Path):
