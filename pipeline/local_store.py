@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.errors import StoreError
-from pipeline.store import Entry, MissingKeyError, validated
+from pipeline.store import PROBE, Entry, MissingKeyError, validated
 
 _TEMPORARY = ".tmp-"
 _TRIES = 5  # to make a directory that others keep removing: chosen
@@ -87,7 +87,7 @@ class LocalStore:
         for key in self.list(prefix):
             path = self.root / key
             with _explained("look at", path), contextlib.suppress(FileNotFoundError):
-                stat = path.stat()
+                stat = path.lstat()
                 # Every publication is a new file, so the time's grain cannot hide a rewrite.
                 found.append(Entry(key, stat.st_size, f"{stat.st_mtime_ns}-{stat.st_ino}"))
         return found
@@ -121,7 +121,7 @@ class LocalStore:
 
     def probe(self) -> None:
         """See Store."""
-        key = f"probe/{secrets.token_hex(8)}"
+        key = f"{PROBE}/{secrets.token_hex(8)}"
         first, second = self.put_new(key, b"first"), self.put_new(key, b"second")
         found = self.get(key)
         self.delete(key)
@@ -137,7 +137,7 @@ class LocalStore:
         limit, removed = time.time() - older_than_seconds, 0
         for name in self._names(self.root):
             path = self.root / name
-            if path.name.startswith(_TEMPORARY):
+            if path.name.startswith(_TEMPORARY) or name.startswith(f"{PROBE}/"):
                 with _explained("remove", path), contextlib.suppress(FileNotFoundError):
                     if path.stat().st_mtime <= limit:
                         path.unlink()

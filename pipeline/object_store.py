@@ -16,6 +16,7 @@ import hashlib
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
@@ -26,7 +27,7 @@ from obstore.exceptions import AlreadyExistsError
 from pipeline.errors import StoreError
 from pipeline.folder_copy import local_copy
 from pipeline.s3_requests import Bucket, UnsettledError, repeated
-from pipeline.store import Entry, MissingKeyError, validated
+from pipeline.store import PROBE, Entry, MissingKeyError, validated
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
@@ -57,6 +58,7 @@ class ObjectStore:
                 "s3://census/runs/vits"
             )
         self.bucket = Bucket(parts.netloc)
+        self._start = len(self.prefix) + 1 if self.prefix else 0  # of keys in objects' names
 
     @property
     def uri(self) -> str:
@@ -116,11 +118,10 @@ class ObjectStore:
         folder, _, _ = prefix.rpartition("/")
         if folder:
             validated(folder)
-        start = len(self.prefix) + 1 if self.prefix else 0
         found = [
-            Entry(meta["path"][start:], meta["size"], meta["e_tag"] or str(meta["last_modified"]))
+            Entry(m["path"][self._start :], m["size"], m["e_tag"] or str(m["last_modified"]))
             for page in self._pages(f"{self.prefix}/{folder}".strip("/"))
-            for meta in page
+            for m in page
         ]
         return sorted(e for e in found if e.key.startswith(prefix) and _is_plain(e.key) and e.key)
 
@@ -151,7 +152,7 @@ class ObjectStore:
 
     def probe(self) -> None:
         """See Store. Writers one after the other, then several at once."""
-        key = f"probe/{secrets.token_hex(8)}"
+        key = f"{PROBE}/{secrets.token_hex(8)}"
         first, second = self.put_new(key, b"first"), self.put_new(key, b"second")
         found = self.get(key)
         with ThreadPoolExecutor(_RACERS) as pool:
@@ -169,8 +170,13 @@ class ObjectStore:
             )
 
     def clean_temporaries(self, older_than_seconds: float) -> int:
-        """See Store. There are none: an upload that did not end was never an object."""
-        return 0
+        """See Store. Of killed probes alone: an upload that did not end was never an object."""
+        limit = datetime.now(UTC) - timedelta(seconds=older_than_seconds)
+        pages = self._pages(self._name(PROBE))
+        old = [m["path"] for page in pages for m in page if m["last_modified"] <= limit]
+        for name in old:
+            self.delete(name[self._start :])
+        return len(old)
 
     def _get(self, key: str) -> tuple[bytes, dict[str, str]]:
         """The object's bytes and attributes."""

@@ -106,20 +106,26 @@ def repeated(bucket: Bucket, action: str, key: str, request: Callable[[], T]) ->
 @lru_cache(maxsize=32)
 def _client(name: str, seconds: float, stall: float, pid: int, endpoint: str | None) -> S3Store:
     """One client per limit and process: a forked child must not share its parent's connections."""
+    parts = urlsplit(endpoint or "https://aws")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise StoreError(
+            f"cannot use s3://{name}: AWS_ENDPOINT_URL is {_clean(str(endpoint))!r}, expected an "
+            "address such as https://s3.example.org. Correct it, or unset it for AWS."
+        )
     try:
         return S3Store(
             name,
             client_options={
                 "timeout": timedelta(seconds=seconds),
                 "read_timeout": timedelta(seconds=stall),
-                "allow_http": (endpoint or "").startswith("http://"),
+                "allow_http": parts.scheme == "http",
             },
             retry_config={"max_retries": 0},
         )
     except (BaseError, ValueError) as error:
         raise StoreError(
-            f"cannot use s3://{name}: {_clean(str(error))}. Check AWS_ENDPOINT_URL (such as "
-            "https://s3.example.org) and AWS_REGION. Then run the same command again."
+            f"cannot use s3://{name}: {_clean(str(error))}. Check the name, AWS_REGION and "
+            "AWS_ENDPOINT_URL. Then run the same command again."
         ) from None
 
 

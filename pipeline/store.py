@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 from pipeline.errors import StoreError
 
+PROBE = "probe"  # folder of the start-up check's objects
 _MAX_SEGMENT_BYTES = 255  # NAME_MAX of the common file systems
 
 
@@ -77,7 +78,7 @@ class Store(Protocol):
         ...
 
     def clean_temporaries(self, older_than_seconds: float) -> int:
-        """Remove what killed writers left behind. Returns the number of files removed."""
+        """Remove what killed writers and probes left. Returns the number of files removed."""
         ...
 
 
