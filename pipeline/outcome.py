@@ -17,13 +17,17 @@ FailureClass = Literal[
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one attempt. Small and picklable: it crosses process and node borders."""
+    """What became of one attempt. Small and picklable: it crosses process and node borders.
+
+    ``disk_full`` tells this cause of the failure class ``store`` apart.
+    """
 
     status: Literal["committed", "duplicate", "failed"]
     seconds: float
     failure: Failure | None = None
     failure_class: FailureClass | None = None
     nondeterminism: str | None = None
+    disk_full: bool = False
 
 
 HINTS: dict[FailureClass, str] = {

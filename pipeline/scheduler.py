@@ -238,6 +238,8 @@ class Scheduler:
         else:
             assert outcome.failure is not None
             assert outcome.failure_class is not None
+            if outcome.failure_class == "store":
+                raise StoreError(outcome.failure.message, disk_full=outcome.disk_full)
             note = self._failed(task, outcome.failure, outcome.failure_class)
         self.observer.ended(task, outcome, note)
 
@@ -286,9 +288,6 @@ class Scheduler:
         return "slot lost; unit requeued"
 
     def _failed(self, task: Task, failure: Failure, kind: FailureClass) -> str:
-        if kind == "store":
-            full = "No space left" in failure.message or "disk" in failure.message.lower()
-            raise StoreError(failure.message, disk_full=full)
         if kind == "unreachable":
             self.silent.append(task.spec.subject)
             # Each has waited, and the rest would only wait too; one alone may be at fault itself.

@@ -7,6 +7,7 @@ network and its images for the next unit of the same checkpoint.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import platform
@@ -151,6 +152,8 @@ def run_unit(task: Task, bench: Workbench) -> Outcome:
     except StoreError as error:
         return _failed(error, "store", clock)
     except Exception as error:  # a border: an unknown error becomes a row with its traceback
+        if _is_disk_full(error):  # of temporary files, say: no unit would fare better
+            return _failed(error, "store", clock)
         memory = any(words in str(error) for words in _OUT_OF_MEMORY)
         return _failed(error, "memory" if memory else "unexpected", clock)
 
@@ -303,7 +306,14 @@ def _failed(error: BaseException, kind: FailureClass, clock: float) -> Outcome:
         hint=HINTS[kind],
         traceback="".join(traceback.format_exception(error))[-8000:],
     )
-    return Outcome("failed", time.perf_counter() - clock, failure, kind)
+    seconds = time.perf_counter() - clock
+    return Outcome("failed", seconds, failure, kind, disk_full=_is_disk_full(error))
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    if isinstance(error, StoreError):
+        return error.disk_full
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _compare(store: Store, key: str, rows: Sequence[Row]) -> str | None:

@@ -1,6 +1,8 @@
 """The scheduler's decisions, with an executor whose slots fail on demand but really measure."""
 
+import errno
 import math
+import pickle
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -69,9 +71,9 @@ class Scripted:
         self.pending.clear()
 
 
-def failed(kind, message: str = "it broke") -> Outcome:
+def failed(kind, message: str = "it broke", *, disk_full: bool = False) -> Outcome:
     failure = Failure(class_=kind, type="Broken", message=message, hint=HINTS[kind])
-    return Outcome("failed", 0.1, failure, kind)
+    return Outcome("failed", 0.1, failure, kind, disk_full=disk_full)
 
 
 @pytest.fixture
@@ -228,11 +230,30 @@ def test_hangs_are_tried_max_attempts_times(run: Run):
     assert result.committed == 0
 
 
-def test_a_store_that_cannot_be_written_stops_the_launch_with_exit_code_4(run: Run):
-    with pytest.raises(StoreError) as caught:
-        go(run, lambda task: failed("store", "No space left on device"))
-    assert caught.value.disk_full
+@pytest.mark.parametrize("full", [True, False])
+def test_a_store_that_cannot_be_written_stops_the_launch_with_exit_code_4(run: Run, full: bool):
+    with pytest.raises(StoreError, match="cannot create it") as caught:
+        go(run, lambda task: failed("store", "cannot create it", disk_full=full))
+    assert caught.value.disk_full == full
     assert caught.value.exit_code == 4
+
+
+def test_a_full_disk_is_told_apart_whichever_disk_it_is(run: Run, monkeypatch: pytest.MonkeyPatch):
+    (unit, *_) = make_plan(run.manifest, run.store).units
+    errors = (
+        OSError(errno.ENOSPC, "No space left on device", "/tmp/x"),
+        StoreError("cannot create x", disk_full=True),
+        StoreError("cannot reach the server"),
+    )
+    for error, full in zip(errors, (True, True, False), strict=True):
+
+        def broken(*_: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr("pipeline.worker._with_weights", broken)
+        outcome = run_unit(unit, Workbench())
+        assert outcome.failure_class == "store"
+        assert pickle.loads(pickle.dumps(outcome)).disk_full == full
 
 
 def test_a_hub_that_does_not_answer_three_units_in_a_row_stops_the_launch(run: Run):
