@@ -173,11 +173,11 @@ def status(run: RunArg, as_json: JsonOption = False) -> int:
 
     console = Console(as_json=as_json)
     opened = open_run(run)
+    launches = read_launches(opened.store)
     current = opened.recall()
     console.table(status_table(current))
     show_unresolved(console, current)
     show_bounds(console, run, published_table(opened.store, "bounds"), when=", when last reduced")
-    launches = read_launches(opened.store)
     for line in cluster_commands.launch_lines(launches):
         console.say(line)
     running = [record for record in launches if cluster_commands.is_running(record)]

@@ -114,7 +114,7 @@ def local_paths(manifest: Manifest) -> list[str]:
 def _ask(ray: Any, question: Question) -> list[Report]:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    task = ray.remote(_answer).options(num_cpus=0, max_retries=0)
+    task = ray.remote(num_cpus=0, max_retries=0)(_answer)
     nodes = [node for node in ray.nodes() if node["Alive"]]
     began = time.time()
     pending = {}

@@ -7,6 +7,8 @@ asked about results: only whether the job lives, and for its log.
 
 from __future__ import annotations
 
+import http.client
+import logging
 import os
 import queue
 import shlex
@@ -33,6 +35,7 @@ PENDING_SECONDS = 300.0  # Ray lets jobs that cannot start wait for ever: chosen
 SLOTS_SECONDS = 120.0  # how long a submitter watches a job that plans: chosen
 # `ray job stop` gives a job that long to let its units finish, instead of three seconds.
 STOP_WAIT_SECONDS = "60"
+_CHATTY = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")
 _OVERRIDES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")  # Ray prefers them to what we say
 
 
@@ -145,7 +148,9 @@ def await_start(jobs: Jobs, store: Store, launch_id: str) -> LaunchRecord | None
     while True:
         state, record = job_state(jobs, launch_id), read_launch(store, launch_id)
         if record is not None and record.state == "failed":
-            raise ResourceError(record.message)
+            raise ResourceError(
+                f"launch {launch_id} has failed on {record.host}: {record.message or 'see its log'}"
+            )
         if record is not None and (record.num_slots or record.state in ("done", "interrupted")):
             return record
         if state is not None and state.has_ended:
@@ -196,6 +201,8 @@ def _dashboard(address: str) -> str:
 def _client(dashboard: str) -> Any:
     from ray.job_submission import JobSubmissionClient
 
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.WARNING)
     with _without_overrides():
         return JobSubmissionClient(dashboard)
 
@@ -205,7 +212,7 @@ def _speaks_http(address: str) -> bool:
         urllib.request.urlopen(f"http://{address}/api/version", timeout=KNOCK_SECONDS).close()
     except urllib.error.HTTPError:
         return True  # it wants a token, for one
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):  # the last: it speaks something else
         return False
     return True
 

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import pipeline
+import tasks
 from pipeline.errors import UsageError
 
 # Ray tells the processes of a submitted job by it; they have this code already.
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-PACKAGES = ("pipeline", "tasks")
 FORWARDED = (
     "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET", "HF_HUB_DOWNLOAD_TIMEOUT",
     "HF_HUB_ETAG_TIMEOUT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION",
@@ -34,9 +35,8 @@ def runtime_env() -> dict[str, Any]:
     Raises:
         UsageError: A setting that would be forwarded holds a password.
     """
-    here = Path(__file__).resolve().parent.parent
     return {
-        "py_modules": [str(here / name) for name in PACKAGES],
+        "py_modules": [str(Path(package.__path__[0]).resolve()) for package in (pipeline, tasks)],
         "excludes": ["__pycache__"],
         "env_vars": settings(),
     }

@@ -16,6 +16,8 @@ Two kinds, with the same handles:
         machine.processes("raylet")        pids of this host, by a part of the command line
         machine.popen("flatcensus", ...)   a command on that machine
 
+``bare_python(folder)`` is a Python for ``Node.python`` that has the dependencies, not this code.
+
 ``namespaces`` gives each machine its own network namespace and address on a bridge, its own process
 ids, IPC, /dev/shm and Ray session; disks are this host's, so any folder is a shared one, unless
 ``Node.hidden`` names it. It needs root and ``ip``: ``requires_namespaces`` is a pytest mark that
@@ -345,6 +347,16 @@ def raylets(*nodes: Node, token: bool = True, durable: bool = False) -> Iterator
 def namespaces(*nodes: Node, token: bool = True, durable: bool = False) -> Iterator[Cluster]:
     """A cluster of machines with their own addresses and cables; see ``raylets``."""
     yield from _running(NamespaceCluster(token=token, durable=durable), nodes)
+
+
+def bare_python(folder: Path) -> str:
+    """A Python with this one's packages, but for the flatcensus that is installed to be edited."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    (site,) = (folder / "lib").glob("python*/site-packages")
+    # Folders named in a .pth file are searched, but the .pth files in them are not read.
+    packages = [p for p in sys.path if p.endswith("-packages") and Path(p).is_dir()]
+    (site / "borrowed.pth").write_text("\n".join(packages))
+    return str(folder / "bin/python")
 
 
 def _running(cluster: Cluster, nodes: tuple[Node, ...]) -> Iterator[Cluster]:
