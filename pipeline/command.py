@@ -18,9 +18,12 @@ from pipeline.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_UNEXPECTED, Flatcens
 P = ParamSpec("P")
 
 ManifestArg = Annotated[Path, typer.Argument(help="TOML manifest; see manifests/.")]
-RunArg = Annotated[str, typer.Argument(metavar="RUN", help="Run folder, such as runs/demo.")]
+RunArg = Annotated[
+    str, typer.Argument(metavar="RUN", help="Run folder: runs/demo or s3://bucket/demo.")
+]
 RunOption = Annotated[
-    str | None, typer.Option("--run", help="Run folder; default runs/<name of the manifest>.")
+    str | None,
+    typer.Option("--run", help="Run folder or s3:// URI; default runs/<name of the manifest>."),
 ]
 OnOption = Annotated[
     str, typer.Option("--on", help="inline, local (Ray on this machine), or a Ray address.")

@@ -16,13 +16,8 @@ from pathlib import Path
 
 import obstore
 import pytest
-
-from pipeline import object_store, s3_requests
-from pipeline.errors import EXIT_ENVIRONMENT, StoreError
-from pipeline.s3_requests import Bucket
-from pipeline.store import MissingKeyError, Store, open_store
-from tests.faulty_s3 import FaultyS3, faulty_s3
-from tests.s3_servers import (
+from faulty_s3 import FaultyS3, faulty_s3
+from s3_servers import (
     ACCESS_KEY,
     BUCKET,
     OVERWRITING,
@@ -32,6 +27,11 @@ from tests.s3_servers import (
     s3_server,
     use_s3,
 )
+
+from pipeline import object_store, s3_requests
+from pipeline.errors import EXIT_ENVIRONMENT, StoreError
+from pipeline.s3_requests import Bucket
+from pipeline.store import MissingKeyError, Store, open_store
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from threading import Barrier
 
 import pytest
+from s3_servers import BUCKET, CONDITIONAL, s3_environment, s3_server
 
 from pipeline.errors import StoreError
 from pipeline.store import PROBE, MissingKeyError, Store, open_store
-from tests.s3_servers import BUCKET, CONDITIONAL, s3_environment, s3_server
 
 ROOT = Path(__file__).parents[1]
 KINDS = ("local", *CONDITIONAL)
