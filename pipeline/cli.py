@@ -317,12 +317,18 @@ def report(run: RunArg, as_json: JsonOption = False) -> int:
 
 @app.command()
 @reported
-def doctor(on: OnOption = "local", as_json: JsonOption = False) -> int:
-    """Check this machine: versions, CPUs, GPUs, Ray, data sets, hub access settings."""
+def doctor(
+    on: OnOption = "local",
+    run_folder: Annotated[
+        str | None, typer.Option("--run", help="A run that all nodes of the cluster must reach.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Check this machine, or with --on a cluster: versions, CPUs, GPUs, Ray, data sets, hub."""
     from pipeline.doctor import examine
 
     console = Console(as_json=as_json)
-    findings = examine(on)
+    findings = examine(on, run_folder)
     console.table(findings)
     bad = findings[findings["state"] == "fail"]
     if bad.empty:

@@ -22,9 +22,15 @@ class Finding(NamedTuple):
     detail: str
 
 
-def examine(on: str) -> pd.DataFrame:
-    """Check versions, machine, images and the executor that ``--on`` names."""
-    findings = [*_versions(), *_machine(), *_datasets(), *_hub(), *_executor(on)]
+def examine(on: str, run: str | None = None) -> pd.DataFrame:
+    """Check versions, machine, images and what ``--on`` names; with a run, who reaches it."""
+    findings = [*_versions(), *_machine(), *_datasets(), *_hub()]
+    if on in ("inline", "local"):
+        findings += _executor(on)
+    else:
+        from pipeline.cluster_doctor import examine_cluster
+
+        findings += examine_cluster(on, run)
     return pd.DataFrame(findings, columns=list(Finding._fields))
 
 
@@ -72,11 +78,7 @@ def _executor(on: str) -> Iterator[Finding]:
     from pipeline.ray_executor import RayExecutor
 
     try:
-        executor = (
-            InlineExecutor(ResourceSpec())
-            if on == "inline"
-            else RayExecutor(ResourceSpec(), address=None if on == "local" else on)
-        )
+        executor = InlineExecutor(ResourceSpec()) if on == "inline" else RayExecutor(ResourceSpec())
     except FlatcensusError as error:
         yield Finding(f"executor {on}", "fail", str(error))
         return

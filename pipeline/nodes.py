@@ -1,9 +1,9 @@
 """What the nodes of a cluster are like, asked of each by a task of Ray.
 
-``require_reach`` is the check before work: every node reads what the launch has written into the
-run folder, writes there, and sees the manifest's local paths. ``survey`` tells all of it to
-``doctor``, which runs this module as a job, since only a machine of the cluster can start tasks:
-``python -m pipeline.nodes [RUN]`` prints one line of JSON.
+``require_reach`` is the check before work: every node reads what was written into the run folder
+from here, writes there, and sees the manifest's local paths. ``doctor`` has it done by a job, since
+only a machine of the cluster can start tasks: ``python -m pipeline.nodes [RUN KEY]`` prints one
+line of JSON. KEY is a question, an object in the run folder: the local paths to look for.
 
 The module is imported on nodes that may lack dependencies, so it imports none at the top.
 """
@@ -18,7 +18,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -48,14 +48,6 @@ HEALTH_FLAGS = {
 }
 
 
-class Question(NamedTuple):
-    """What a node is asked: to find ``key`` in a run folder, and paths on its disks."""
-
-    uri: str = ""
-    key: str = ""
-    paths: tuple[str, ...] = ()
-
-
 class Report(NamedTuple):
     """What a node said. ``silent`` if it did not answer; ``problems`` keep it from working."""
 
@@ -77,7 +69,8 @@ def require_reach(store: Store, manifest: Manifest) -> None:
     Raises:
         ResourceError: A node cannot read and write the run folder, or lacks a path of the manifest.
     """
-    reports = survey(store, local_paths(manifest))
+    with question(store, manifest) as key:
+        reports = ask(store.uri, key)
     bad = [report for report in reports if report.problems]
     if bad:
         first = bad[0]
@@ -87,17 +80,14 @@ def require_reach(store: Store, manifest: Manifest) -> None:
         _log.warning("no answer within %g s from %s", ANSWER_SECONDS, ", ".join(silent))
 
 
-def survey(store: Store | None = None, paths: Sequence[str] = ()) -> list[Report]:
-    """Ask every living node of the cluster that Ray is connected to."""
-    import ray
-
-    if store is None:
-        return _ask(ray, Question(paths=tuple(paths)))
+@contextlib.contextmanager
+def question(store: Store, manifest: Manifest) -> Iterator[str]:
+    """Key of an object in the run folder that asks for the manifest's local paths."""
     # Beside the records of launches, since any other folder would be a stranger in a run.
     key = f"launches/probe-{secrets.token_hex(8)}"
-    store.put_new(key, key.encode())
+    store.put_new(key, json.dumps({"key": key, "paths": local_paths(manifest)}).encode())
     try:
-        return _ask(ray, Question(store.uri, key, tuple(paths)))
+        yield key
     finally:
         for left in store.list(key):
             store.delete(left)
@@ -111,7 +101,10 @@ def local_paths(manifest: Manifest) -> list[str]:
     return list(dict.fromkeys([*named, *folders]))
 
 
-def _ask(ray: Any, question: Question) -> list[Report]:
+def ask(uri: str = "", key: str = "") -> list[Report]:
+    """Ask every living node of the cluster that Ray is connected to; with a run's question."""
+    import ray
+    import ray.exceptions
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     task = ray.remote(num_cpus=0, max_retries=0)(_answer)
@@ -120,7 +113,7 @@ def _ask(ray: Any, question: Question) -> list[Report]:
     pending = {}
     for node in nodes:
         here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        pending[task.options(scheduling_strategy=here).remote(question)] = node
+        pending[task.options(scheduling_strategy=here).remote(uri, key)] = node
     reports, deadline = [], time.monotonic() + ANSWER_SECONDS
     while pending and time.monotonic() < deadline:
         ready, _ = ray.wait(list(pending), timeout=1.0, fetch_local=True)
@@ -156,7 +149,7 @@ def _told(known: Report, answer: dict[str, Any], began: float) -> Report:
     )  # fmt: skip
 
 
-def _answer(question: Question) -> str:
+def _answer(uri: str, key: str) -> str:
     """On the node: JSON, because errors of ours may not be known to whoever reads it."""
     now = time.time()
     found = {}
@@ -167,14 +160,8 @@ def _answer(question: Question) -> str:
     problems = []
     if missing:
         problems.append(f"its Python lacks {', '.join(missing)}: install flatcensus's dependencies")
-    elif question.uri:
-        problems += _reach(question)
-    if unseen := [path for path in question.paths if not Path(path).exists()]:
-        more = f" and {len(unseen) - 1} more" if len(unseen) > 1 else ""
-        problems.append(
-            f"it does not see {unseen[0]}{more}, which the manifest names: put it on a disk that "
-            "all nodes share, under the same path"
-        )
+    elif uri:
+        problems += _reach(uri, key)
     return json.dumps({
         "host": socket.gethostname(),
         "versions": {"python": sys.version.split()[0], "flatcensus": code_version(), **found},
@@ -185,37 +172,36 @@ def _answer(question: Question) -> str:
     })  # fmt: skip
 
 
-def _reach(question: Question) -> list[str]:
+def _reach(uri: str, key: str) -> list[str]:
     from pipeline.store import MissingKeyError, open_store
 
-    where = question.uri
     try:
-        store = open_store(where)
-        if store.get(question.key) != question.key.encode():
-            return [f"it reads something else in {where} than was written there"]
-        store.put_new(f"{question.key}-{secrets.token_hex(4)}", b"")
+        store = open_store(uri)
+        asked = json.loads(store.get(key))
+        store.put_new(f"{key}-{secrets.token_hex(4)}", b"")
     except MissingKeyError:
         return [
-            f"it does not see the run folder {where}: what is written there from here is missing. "
+            f"it does not see the run folder {uri}: what is written there from here is missing. "
             "Use a directory that all nodes share under this path, or s3://bucket/prefix"
         ]
     except FlatcensusError as error:
-        return [f"it cannot use the run folder {where}: {error}"]
-    return []
+        return [f"it cannot use the run folder {uri}: {error}"]
+    unseen = [path for path in asked["paths"] if not Path(path).exists()]
+    if not unseen:
+        return []
+    more = f" and {len(unseen) - 1} more" if len(unseen) > 1 else ""
+    return [
+        f"it does not see {unseen[0]}{more}, which the manifest names: put it on a disk that all "
+        "nodes share, under the same path"
+    ]
 
 
 def main(arguments: Sequence[str]) -> int:
     """As a job: print the reports for whoever submitted it."""
     import ray
 
-    from pipeline.run import open_run
-
     ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False)
-    if arguments:
-        run = open_run(arguments[0])
-        reports = survey(run.store, local_paths(run.manifest))
-    else:
-        reports = survey()
+    reports = ask(*arguments)
     sys.stdout.write(MARK + json.dumps([report._asdict() for report in reports]) + "\n")
     return 0
 

@@ -156,7 +156,7 @@ def await_start(jobs: Jobs, store: Store, launch_id: str) -> LaunchRecord | None
         if state is not None and state.has_ended:
             raise ResourceError(
                 f"the job {launch_id} ended before it began ({state.status}): "
-                + _why(jobs, launch_id)
+                + log_end(job_log(jobs, launch_id))
             )
         if state is not None and state.status == "RUNNING" and deadline is None:
             deadline = time.monotonic() + SLOTS_SECONDS
@@ -172,9 +172,9 @@ def await_start(jobs: Jobs, store: Store, launch_id: str) -> LaunchRecord | None
         time.sleep(1.0)
 
 
-def _why(jobs: Jobs, launch_id: str) -> str:
-    """The end of a job's log, for a message."""
-    lines = (job_log(jobs, launch_id) or "it has left no log").strip().splitlines()
+def log_end(log: str | None) -> str:
+    """The end of the log of a job that failed, for a message."""
+    lines = (log or "it has left no log").strip().splitlines()
     if any("python: not found" in line or "python: command not found" in line for line in lines):
         return (
             "there is no `python` on its PATH. Start Ray on the nodes from the activated "

@@ -21,7 +21,7 @@ from pipeline.console import Console, format_cell
 OPTIONS = {
     "correlate": ["--json"],
     "demo": ["--json", "--on", "--run"],
-    "doctor": ["--json", "--on"],
+    "doctor": ["--json", "--on", "--run"],
     "fetch": ["--dry-run", "--json", "--run"],
     "launch": ["--detach", "--json", "--on", "--run"],
     "list": ["--json"],
