@@ -23,7 +23,7 @@ from pipeline.launches import FOLDER, read_launch, write_launch
 from pipeline.launching import launch_run
 from pipeline.store import Store, open_store
 
-COPY_SECONDS = 10.0  # between two copies of the log: chosen
+FIRST_SECONDS, COPY_SECONDS = 1.0, 10.0  # before the first copy of the log, later ones: chosen
 OWN_OUTPUT = Path("/proc/self/fd/1")  # Ray has redirected it into the job's log
 
 
@@ -73,8 +73,10 @@ class LogCopy:
             self._copy()
 
     def _repeat(self) -> None:
-        while not self.ended.wait(COPY_SECONDS):
+        pause = FIRST_SECONDS
+        while not self.ended.wait(pause):
             self._copy()
+            pause = min(2 * pause, COPY_SECONDS)
 
     def _copy(self) -> None:
         sys.stdout.flush()

@@ -136,8 +136,9 @@ class Machine:
     @property
     def environment(self) -> dict[str, str]:
         """Environment of all its processes."""
+        ours = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         return {
-            **os.environ, **self.cluster.environment, **HEALTH_FLAGS, MARK: self.mark,
+            **ours, **self.cluster.environment, **HEALTH_FLAGS, MARK: self.mark,
             "PATH": f"{Path(self.node.python).parent}:{os.environ['PATH']}",
             **({"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(self.cluster.durable)}
                if self.is_head and self.cluster.durable else {}),
