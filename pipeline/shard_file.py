@@ -126,7 +126,7 @@ def shard_record(data: bytes) -> UnitRecord | None:
     try:
         metadata = pq.read_metadata(pa.BufferReader(data)).metadata or {}
         return UnitRecord.model_validate_json(metadata[_UNIT.encode()])
-    except (pa.ArrowInvalid, KeyError, pydantic.ValidationError):
+    except (OSError, pa.ArrowException, KeyError, pydantic.ValidationError):
         return None
 
 

@@ -1,0 +1,1 @@
+"""Random faults during real launches; see ``python -m tests.campaigns --help``."""

@@ -1,0 +1,129 @@
+"""Episodes by seed until there were enough faults; the report."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from machines import Cluster, Node, namespaces, raylets
+
+from campaigns import compare, report
+from campaigns.episodes import Episode, run_episode
+from campaigns.faults import CABLES, CLUSTER, INLINE, KINDS, LOCAL
+from campaigns.workshop import Workshop
+from campaigns.world import NUM_SLOTS, World
+
+SHARES = {INLINE: 8, LOCAL: 7, CLUSTER: 5, CABLES: 1}  # of the episodes: chosen
+FAULTS = (8, 12)  # of one episode
+ENDING = 3  # of those, at most so many that end a launch
+
+
+class Places:
+    """Where episodes run. Clusters are started when they are needed, and kept."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self.stack, self.workshop = stack, Workshop()
+        self.clusters: dict[str, Cluster] = {}
+
+    def world(self, place: str) -> World:
+        """A fresh world there."""
+        if place in (INLINE, LOCAL):
+            return World(self.workshop, on=place)
+        cluster = self._cluster(place)
+        machine = cluster.head if place == CABLES else None  # the host is not on their network
+        return World(self.workshop, on=cluster.address, cluster=cluster, machine=machine)
+
+    def _cluster(self, place: str) -> Cluster:
+        if place not in self.clusters:
+            start = namespaces if place == CABLES else raylets
+            right = {"LD_PRELOAD": ""}  # the clocks of its machines are
+            nodes = [Node(cpus=cpus, environment=right) for cpus in (0, 1, 1)]
+            self.clusters[place] = self.stack.enter_context(start(*nodes))
+        return self.clusters[place]
+
+
+def main() -> int:
+    """Run a campaign."""
+    options = _options()
+    episodes: list[Episode] = []
+    end = time.monotonic() + 60 * options.minutes
+    with ExitStack() as stack:
+        places = Places(stack)
+        expected = _undisturbed(places)
+        seed = options.seed
+        while not _enough(options, episodes) and time.monotonic() < end:
+            place, kinds = _drawn(seed, options.place, options.only)
+            episode = run_episode(places.world(place), kinds, expected, place=place, seed=seed)
+            episodes.append(episode)
+            report.keep(episode, options.out)
+            _say(episode)
+            seed += 1
+    print(report.markdown(report.read([options.out])))
+    return 1 if any(episode.violations for episode in episodes) else 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.campaigns")
+    parser.add_argument("--faults", type=int, default=None, help="stop after so many")
+    parser.add_argument("--episodes", type=int, default=None, help="stop after so many")
+    parser.add_argument("--minutes", type=float, default=600.0, help="begin none after that")
+    parser.add_argument("--seed", type=int, default=1, help="of the first episode; then the next")
+    parser.add_argument("--place", nargs="+", choices=list(SHARES), default=list(SHARES))
+    parser.add_argument("--only", nargs="+", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument("--out", type=Path, default=Path("runs/campaign.jsonl"))
+    options = parser.parse_args()
+    options.out = Path(os.environ["FLATCENSUS_CAMPAIGN_FROM"]) / options.out
+    if options.faults is None and options.episodes is None:
+        options.faults = 500
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    return options
+
+
+def _undisturbed(places: Places) -> dict[str, bytes]:
+    """The tables of a run that nobody attacks."""
+    with places.world(INLINE) as world:
+        code = world.launch().ended()
+        found = compare.tables(world)
+        assert code == 0, world.launches[0].output.read_text()
+        assert set(found) == set(compare.TABLES)
+        assert not compare.differences(world, found)
+        return found
+
+
+def _enough(options: argparse.Namespace, episodes: list[Episode]) -> bool:
+    faults = sum(len(episode.faults) for episode in episodes)
+    return (options.faults is not None and faults >= options.faults) or (
+        options.episodes is not None and len(episodes) >= options.episodes
+    )
+
+
+def _drawn(seed: int, places: list[str], only: list[str]) -> tuple[str, list[str]]:
+    """Where the episode of a seed runs, and what is done to it."""
+    rng = random.Random(seed)
+    possible = {p: [k for k in only if p in KINDS[k].places] for p in places}
+    places = [p for p in places if possible[p]]
+    (place,) = rng.choices(places, [SHARES[p] for p in places])
+    kinds: list[str] = []
+    for _ in range(rng.randint(*FAULTS)):
+        ended = sum(bool(KINDS[kind].codes) for kind in kinds) >= ENDING
+        left = [k for k in possible[place] if not (ended and KINDS[k].codes)]
+        kinds += rng.choices(left, [KINDS[k].weight for k in left]) if left else []
+    return place, kinds
+
+
+def _say(episode: Episode) -> None:
+    names = ", ".join(fault.kind for fault in episode.faults)
+    print(
+        f"{episode.place} --seed {episode.seed}: {len(episode.faults)} faults, "
+        f"{episode.launches} launches, {episode.work.lost} units lost, "
+        f"{episode.work.recomputed:g} recomputed, {episode.seconds:.0f} s ({names})",
+        *episode.violations, sep="\n", file=sys.stderr, flush=True,
+    )  # fmt: skip
+
+
+assert NUM_SLOTS == 2, "as many as the workers of a cluster"
