@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
+import pyarrow as pa
+
 from pipeline.bounds_summary import MISSING, NO, UNDEFINED, YES
 from pipeline.coverage import missing
 from pipeline.entries import Manifest
 from pipeline.plan import Plan, SpecPlan
-from pipeline.shards import Shard
 from pipeline.specs import Spec
 from tasks.measurement import Check, Estimate, Measurement, Status
 
@@ -69,10 +70,15 @@ def check_lines(spec: Spec, checks: Iterable[Check]) -> list[Line]:
     ]  # fmt: skip
 
 
-def unfinished_lines(item: SpecPlan, shards: Iterable[Shard]) -> list[Line]:
-    """Lines of ``summary`` for a spec that lacks rows, with the reason: one per quantity."""
+def unfinished_lines(item: SpecPlan, units: pa.Table) -> list[Line]:
+    """Lines of ``summary`` for a spec that lacks rows, with the reason: one per quantity.
+
+    Args:
+        item: What is wanted of the spec.
+        units: The records of its units.
+    """
     failed = bool(item.failed)
-    text = _failure_text(shards) if failed else Status.INCOMPLETE.sentence
+    text = _failure_text(units) if failed else Status.INCOMPLETE.sentence
     lacking = missing([block.samples for block in (*item.todo, *item.failed)], ())
     return [
         _line(item.spec, _nothing(quantity), status="failed" if failed else "incomplete",
@@ -174,8 +180,8 @@ def _nothing(quantity: str) -> Estimate:
     return Estimate(quantity, nan, nan, nan, nan, num_samples=0, num_rows=0)
 
 
-def _failure_text(shards: Iterable[Shard]) -> str:
-    failures = [s.unit for s in shards if s.unit.failure is not None]
-    latest = max(failures, key=lambda unit: (unit.generation, unit.start))
-    assert latest.failure is not None
-    return f"{latest.failure.type}: {latest.failure.message}"
+def _failure_text(units: pa.Table) -> str:
+    names = ["status", "generation", "start", "failure_type", "failure_message"]
+    failures = [u for u in units.select(names).to_pylist() if u["status"] == "failed"]
+    latest = max(failures, key=lambda unit: (unit["generation"], unit["start"]))
+    return f"{latest['failure_type']}: {latest['failure_message']}"

@@ -7,19 +7,14 @@ file, no network, no extension, no setting. DuckDB is the engine and its SQL is 
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import duckdb
-import numpy as np
 import pyarrow as pa
 
-from pipeline.coverage import missing_blocks
 from pipeline.errors import QueryError, did_you_mean
-from pipeline.schema import UNITS_SCHEMA, UnitRecord
-from pipeline.shards import Shard
 
 VIEWS = {
     "measurements": "one line per measured number",
@@ -170,44 +165,6 @@ def view_columns(connection: duckdb.DuckDBPyConnection) -> dict[str, list[str]]:
     for view, column in rows:
         found.setdefault(view, []).append(column)
     return found
-
-
-def units_table(shards: Iterable[Shard]) -> pa.Table:
-    """The units' records as a flat table; nested fields are JSON text.
-
-    ``superseded`` marks failures whose whole range was done, or failed again, later.
-    """
-    units = [shard.unit for shard in shards]
-    lines = []
-    for unit, superseded in zip(units, _superseded(units), strict=True):
-        line = unit.model_dump(exclude={"failure"})
-        for name in _JSON_FIELDS:
-            line[name] = None if line[name] is None else json.dumps(line[name], sort_keys=True)
-        failure = unit.failure.model_dump(by_alias=True) if unit.failure else {}
-        line |= {f"failure_{name}": text for name, text in failure.items()}
-        lines.append(line | {"superseded": superseded})
-    return pa.Table.from_pylist(lines, schema=UNITS_SCHEMA)
-
-
-_JSON_FIELDS = ("versions", "self_test", "artifacts", "pinned")
-
-
-def _superseded(units: Sequence[UnitRecord]) -> list[bool]:
-    """Which units are failures that later or successful units of the same spec make up for."""
-    by_spec: dict[str, list[UnitRecord]] = {}
-    for unit in units:
-        by_spec.setdefault(unit.spec_key, []).append(unit)
-    bounds = {k: np.array([(u.start, u.stop) for u in v]) for k, v in by_spec.items()}
-
-    def is_made_up_for(unit: UnitRecord) -> bool:
-        start, stop = bounds[unit.spec_key].T
-        near = np.flatnonzero((start < unit.stop) & (stop > unit.start))
-        others = (by_spec[unit.spec_key][i] for i in near)
-        age = (unit.finished_at, unit.generation)
-        later = (o for o in others if o.status == "ok" or (o.finished_at, o.generation) > age)
-        return not missing_blocks(unit.block, (o.block for o in later))
-
-    return [unit.status == "failed" and is_made_up_for(unit) for unit in units]
 
 
 def _rows(

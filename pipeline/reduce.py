@@ -9,7 +9,6 @@ has its rows, measured or not.
 from __future__ import annotations
 
 import io
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -34,12 +33,12 @@ from pipeline.lines import (
 )
 from pipeline.matrix import matrix_table
 from pipeline.plan import Plan
-from pipeline.query import units_table
 from pipeline.schema import MEASUREMENT_SCHEMA, UNITS_SCHEMA
-from pipeline.shards import Quarantined, Shard, read_shards
+from pipeline.shards import NOTHING, Found, Quarantined, read_found
 from pipeline.specs import Spec
 from pipeline.store import Store
 from pipeline.tables import frame_columns, spec_frame
+from pipeline.unit_table import units_table
 from tasks.training_results import summarize_training
 
 NUM_BOOTSTRAP = 2000
@@ -68,31 +67,28 @@ class Tables:
         }
 
 
-def planned_shards(
+def planned_units(
     plan: Plan, store: Store, *, quarantined: list[Quarantined] | None = None
-) -> dict[str, list[Shard]]:
-    """The shards of a plan's specs, by key. Damaged ones are set aside: then plan again."""
-    shards: dict[str, list[Shard]] = defaultdict(list)
+) -> dict[str, Found]:
+    """The units of a plan's specs, by key. Damaged ones are set aside: then plan again."""
     keys = {item.spec.key for item in plan.specs}
-    for shard in read_shards(store, keys, quarantined=quarantined):
-        shards[shard.unit.spec_key].append(shard)
-    return shards
+    return dict(read_found(store, keys, quarantined=quarantined))
 
 
-def reduce_run(manifest: Manifest, plan: Plan, shards: Mapping[str, list[Shard]]) -> Tables:
-    """Build all tables of what the manifest wants from a plan and the shards of its specs."""
+def reduce_run(manifest: Manifest, plan: Plan, units: Mapping[str, Found]) -> Tables:
+    """Build all tables of what the manifest wants from a plan and the units of its specs."""
     frames: list[pd.DataFrame] = []
     summary: list[Line] = []
     layers: list[Line] = []
     bounds: list[Line] = []
     lacking: list[Line] = []
     for item in plan.specs:
-        spec, found = item.spec, shards.get(item.spec.key, [])
+        spec, found = item.spec, units.get(item.spec.key, NOTHING)
         frame = spec_frame(found, item.wanted if spec.kind == "measure" else None)
         if len(frame):
             frames.append(_measurement_rows(spec, frame))
         if item.state != "done":
-            unfinished = unfinished_lines(item, found)
+            unfinished = unfinished_lines(item, found.units)
             summary += unfinished
             lacking += unfinished if spec.kind == "measure" else []
             continue
@@ -110,7 +106,8 @@ def reduce_run(manifest: Manifest, plan: Plan, shards: Mapping[str, list[Shard]]
     layers += layers_without_result(lacking, layers)
     bounds += bounds_without_result(lacking, manifest)
     whole = _frame(summary, SUMMARY_TYPES)
-    units = units_table([s for key in sorted(shards) for s in shards[key]]).to_pandas()
+    records = pa.concat_tables([NOTHING.units, *(units[key].units for key in sorted(units))])
+    all_units = units_table(records).to_pandas()
     measurements = (
         pd.concat(frames, ignore_index=True)
         if frames
@@ -127,8 +124,8 @@ def reduce_run(manifest: Manifest, plan: Plan, shards: Mapping[str, list[Shard]]
         matrix=matrix_table(
             whole, manifest.pair_plot, seed=manifest.seed, num_bootstrap=NUM_BOOTSTRAP
         ),
-        units=units,
-        failures=_failures(units, plan),
+        units=all_units,
+        failures=_failures(all_units, plan),
     )
 
 

@@ -23,7 +23,7 @@ from pipeline.frozen import FROZEN, thaw
 from pipeline.lock import LOCK, keep
 from pipeline.manifest import load_manifest, parse_manifest
 from pipeline.plan import Plan, make_plan
-from pipeline.reduce import Tables, planned_shards, reduce_run, write_tables
+from pipeline.reduce import Tables, planned_units, reduce_run, write_tables
 from pipeline.resolve import resolve
 from pipeline.scheduler import Launch, Observer
 from pipeline.shards import Quarantined
@@ -62,7 +62,7 @@ class Run:
         damaged: list[Quarantined] = []
         while True:
             plan = self.recall()
-            shards = planned_shards(plan, self.store, quarantined=damaged)
+            shards = planned_units(plan, self.store, quarantined=damaged)
             if not damaged:
                 break
             damaged.clear()  # what was set aside is to do again: the plan is another one now

@@ -27,7 +27,7 @@ from pipeline.packs import (
     reported,
     set_pack_aside,
 )
-from pipeline.schema import UnitRecord
+from pipeline.schema import MEASUREMENT_SCHEMA, UnitRecord
 from pipeline.shard_file import (
     Quarantined,
     Shard,
@@ -46,6 +46,7 @@ from pipeline.unit_table import RECORD_SCHEMA, record_table, records_of
 from tasks.block import Block
 
 __all__ = [
+    "NOTHING",
     "Found",
     "Quarantined",
     "Shard",
@@ -76,6 +77,9 @@ class Found(NamedTuple):
 
     units: pa.Table
     rows: pa.Table
+
+
+NOTHING = Found(RECORD_SCHEMA.empty_table(), MEASUREMENT_SCHEMA.empty_table())
 
 
 def list_shards(
@@ -333,10 +337,10 @@ def _read(
             flush()
             run = (*place, place[1] + 1)
     flush()
-    units = [part.units for part in parts]
+    if not parts:
+        return NOTHING
     return Found(
-        pa.concat_tables(units) if units else RECORD_SCHEMA.empty_table(),
-        joined([part.rows for part in parts]),
+        pa.concat_tables([part.units for part in parts]), joined([part.rows for part in parts])
     )
 
 

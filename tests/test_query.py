@@ -17,11 +17,10 @@ from pipeline.query import (
     is_truncated,
     run_filters,
     run_sql,
-    units_table,
     view_columns,
 )
 from pipeline.schema import MEASUREMENT_SCHEMA, UNITS_SCHEMA, Failure, UnitRecord
-from pipeline.shards import Shard
+from pipeline.unit_table import record_table, units_table
 
 ODD = "größe \"模型\" 'x'"
 
@@ -64,7 +63,7 @@ def _measurements() -> pa.Table:
     )
 
 
-def _unit(start: int, stop: int, *, failed: bool = False, **changes: object) -> Shard:
+def _unit(start: int, stop: int, *, failed: bool = False, **changes: object) -> UnitRecord:
     failure = Failure(class_="oom", type="E", message="m'\"ü", hint="h") if failed else None
     fields = {
         "spec_key": "s",
@@ -84,14 +83,14 @@ def _unit(start: int, stop: int, *, failed: bool = False, **changes: object) -> 
         "seconds": 1.0,
         "versions": {"torch": "2", "python": "3"},
     }
-    return Shard(MEASUREMENT_SCHEMA.empty_table(), UnitRecord.model_validate(fields | changes))
+    return UnitRecord.model_validate(fields | changes)
 
 
 @pytest.fixture
 def connection() -> Iterator[duckdb.DuckDBPyConnection]:
     tables = {
         "measurements": _measurements(),
-        "units": units_table([_unit(0, 2), _unit(2, 4, failed=True)]),
+        "units": units_table(record_table([_unit(0, 2), _unit(2, 4, failed=True)])),
         "summary": pa.table({ODD: [1, 2], "a=b": ["x", "y"], "a": ["z", "z"], "ok": [True, False]}),
     }
     with connect(tables) as connection:
@@ -398,13 +397,13 @@ def test_filters_compare_integers_exactly(connection: duckdb.DuckDBPyConnection)
 
 
 def test_units_are_flat_with_json_for_what_is_nested():
-    table = units_table([_unit(0, 2), _unit(2, 4, failed=True)])
+    table = units_table(record_table([_unit(0, 2), _unit(2, 4, failed=True)]))
     assert table.schema.equals(UNITS_SCHEMA)
     done, failed = table.to_pylist()
     assert done["versions"] == '{"python": "3", "torch": "2"}'
     assert (done["status"], done["failure_class"], done["self_test"]) == ("ok", None, None)
     assert (failed["failure_class"], failed["failure_message"]) == ("oom", "m'\"ü")
-    assert units_table([]).schema.equals(UNITS_SCHEMA)
+    assert units_table(record_table([])).schema.equals(UNITS_SCHEMA)
 
 
 def test_every_field_of_a_record_is_a_column():
@@ -427,9 +426,9 @@ def test_every_field_of_a_record_is_a_column():
     ],
 )
 def test_failures_count_until_their_whole_range_is_made_up_for(
-    others: list[Shard], superseded: bool
+    others: list[UnitRecord], superseded: bool
 ):
-    table = units_table([_unit(0, 8, failed=True), *others])
+    table = units_table(record_table([_unit(0, 8, failed=True), *others]))
     assert table["superseded"].to_pylist()[0] is superseded
     with connect({"units": table}) as connection:
         failures = run_sql(connection, "SELECT start, generation FROM failures").to_pylist()

@@ -19,16 +19,19 @@ from synthetic import LAYERS, Layered
 
 from pipeline.bounds_summary import summarize_bounds
 from pipeline.errors import StoreError
+from pipeline.pack_file import joined
+from pipeline.packs import Group
 from pipeline.reduce import (
     TABLE_SCHEMAS,
-    planned_shards,
+    planned_units,
     published_table,
     reduce_run,
     write_tables,
 )
 from pipeline.run import Run, execute, open_run, start_run
 from pipeline.schema import Constants, Failure
-from pipeline.shards import decode_shard, encode_shard, list_shards, shard_key
+from pipeline.shards import Found, Shard, decode_shard, encode_shard, list_shards, shard_key
+from pipeline.unit_table import record_table
 from pipeline.worker import Workbench, run_unit, write_failure
 from tasks.block import Block
 from tasks.measurement import Row, Status
@@ -92,32 +95,41 @@ def test_reducing_again_gives_the_same_bytes_of_every_table(original: Path, copi
 
 def test_the_order_of_shards_does_not_matter(original: Path, copied: Run):
     plan = copied.plan()
-    shards = planned_shards(plan, copied.store)
-    for found in shards.values():
-        random.Random(0).shuffle(found)
-    backwards = dict(reversed(shards.items()))
+    units = planned_units(plan, copied.store)
+    for key, found in units.items():
+        shards = Group(*found).shards()
+        random.Random(0).shuffle(shards)
+        units[key] = together(shards)
+    backwards = dict(reversed(units.items()))
     write_tables(reduce_run(copied.manifest, plan, backwards), copied.store)
     found = {n: copied.store.get(f"tables/{n}.parquet") for n in DETERMINISTIC}
     assert found == expected(original)
 
 
+def together(shards: list[Shard]) -> Found:
+    return Found(record_table(s.unit for s in shards), joined([s.table for s in shards]))
+
+
 def test_overlapping_shards_that_differ_by_rounding_are_chosen_between_alike(copied: Run):
     """Other batch sizes round differently; which shard was listed first must not show."""
     plan = copied.plan()
-    shards = planned_shards(plan, copied.store)
-    found = shards[plan.specs[0].spec.key]
-    first = found[0]
+    units = planned_units(plan, copied.store)
+    key = plan.specs[0].spec.key
+    shards = Group(*units[key]).shards()
+    first = shards[0]
     rows = [
         Row(r["quantity"], r["value"] * (1 + 1e-7), sample=r["sample"])
         for r in first.table.to_pylist() if r["sample"] < 16
     ]  # fmt: skip
     unit = first.unit.model_copy(update={"stop": 16, "num_rows": len(rows)})
     constants = Constants(metric_version=1, code_version="x", torch_version="x")
-    key = shard_key(unit.spec_key, unit.block)
-    found.append(decode_shard(encode_shard(rows, unit, constants), key=key))
-    forwards = reduce_run(copied.manifest, plan, shards).measurements
-    found.reverse()
-    pd.testing.assert_frame_equal(reduce_run(copied.manifest, plan, shards).measurements, forwards)
+    added = encode_shard(rows, unit, constants)
+    shards.append(decode_shard(added, key=shard_key(unit.spec_key, unit.block)))
+    units[key] = together(shards)
+    forwards = reduce_run(copied.manifest, plan, units).measurements
+    units[key] = together(shards[::-1])
+    backwards = reduce_run(copied.manifest, plan, units).measurements
+    pd.testing.assert_frame_equal(backwards, forwards)
 
 
 def test_times_of_files_do_not_matter(original: Path, copied: Run):
