@@ -18,6 +18,8 @@ def missing_blocks(wanted: Block, have: Iterable[Block]) -> list[Block]:
     samples: dict[range, list[range]] = defaultdict(list)
     for block in have:
         samples[block.draws].append(block.samples)
+    if not samples:
+        return [wanted] if len(wanted) else []
     first, last = wanted.draws.start, wanted.draws.stop
     # Blocks of equal draws are joined once, however many bands they reach into.
     pending = sorted(

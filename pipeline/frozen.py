@@ -4,14 +4,15 @@ With it ``status``, ``query``, ``correlate`` and ``report`` need the run folder 
 no images, no hub. It is a memory, not an authority: planning and launching always resolve anew.
 
 Many specs say the same (one network under ten measurements, ten networks of one architecture), so
-each value is written once, in ``values``, and specs name its place there.
+each value is written once, in ``values``, and a spec is a list of its places there: first those of
+``columns``, then those of its ``fields``, whose names are the last of ``columns``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -38,6 +39,7 @@ def freeze(resolved: Resolved, manifest: Manifest, store: Store) -> None:
     writer = _Writer(manifest)
     known = {
         "manifest": _digest(manifest),
+        "columns": _COLUMNS,
         "specs": [writer.record(spec) for spec in resolved.specs],
         "values": writer.values,
         "unresolved": [asdict(item) for item in resolved.unresolved],
@@ -85,7 +87,7 @@ def _thawed(known: dict[str, Any], manifest: Manifest, store: Store) -> Resolved
     trained = any(has_shard(store, item["spec_key"], TRAINING_BLOCK) for item in known["untrained"])
     if known["manifest"] != _digest(manifest) or trained:
         return None
-    known = _with_values(known)
+    known = _as_lists(known)
     reader = _Reader(manifest, known["values"])
     return Resolved(
         specs=tuple(reader.spec(record) for record in known["specs"]),
@@ -97,13 +99,17 @@ def _thawed(known: dict[str, Any], manifest: Manifest, store: Store) -> Resolved
     )
 
 
-# Of a spec as it is, and what takes a place in ``values``.
-_PLAIN = ("key", "kind", "checkpoint", "label", "available", "num_samples")
-_SHARED = ("family", "tag", "metric", "data_identity", "stored", "ref", "data", "network")
+# Of a spec as it is, and what has a place in ``values``.
+_OWN = ("key", "checkpoint")
+_SHARED = (
+    "kind", "family", "tag", "metric", "label", "data_identity", "available", "num_samples",
+    "stored", "ref", "data", "network",
+)  # fmt: skip
+_COLUMNS = (*_OWN, *_SHARED, "measurement", "train", "names of fields")
 
 
 class _Writer:
-    """Specs as JSON values; what the manifest says is kept as its place there."""
+    """Specs as lists; what the manifest says is kept as its place there."""
 
     def __init__(self, manifest: Manifest) -> None:
         self.measurements = {id(entry): i for i, entry in enumerate(manifest.measurements)}
@@ -112,25 +118,29 @@ class _Writer:
         self.places: dict[str, int] = {}  # of a value, by its JSON
         self.known: dict[int, int] = {}  # of a value, by the object that it was made of
 
-    def record(self, spec: Spec) -> dict[str, Any]:
-        return {
-            **{name: getattr(spec, name) for name in _PLAIN},
-            **{name: self.place(getattr(spec, name)) for name in _SHARED},
-            "fields": {name: self.place(value) for name, value in spec.fields.items()},
-            "measurement": None if spec.entry is None else self.measurements[id(spec.entry)],
-            "train": None if spec.train is None else self.trainings[id(spec.train)],
-        }
+    def record(self, spec: Spec) -> list[Any]:
+        return [
+            spec.key,
+            spec.checkpoint,
+            *(self.place(getattr(spec, name)) for name in _SHARED),
+            None if spec.entry is None else self.measurements[id(spec.entry)],
+            None if spec.train is None else self.trainings[id(spec.train)],
+            self._place(list(spec.fields)),
+            *map(self.place, spec.fields.values()),
+        ]
 
     def place(self, value: Any) -> int:
-        """Where a value is in ``values``; the specs keep it alive meanwhile."""
+        """Where a part of a spec is in ``values``; the specs keep it alive meanwhile."""
         if id(value) not in self.known:
-            plain = _plain(value)
-            text = json.dumps(plain)
-            if text not in self.places:
-                self.places[text] = len(self.values)
-                self.values.append(plain)
-            self.known[id(value)] = self.places[text]
+            self.known[id(value)] = self._place(_plain(value))
         return self.known[id(value)]
+
+    def _place(self, value: Any) -> int:
+        text = json.dumps(value)
+        if text not in self.places:
+            self.places[text] = len(self.values)
+            self.values.append(value)
+        return self.places[text]
 
 
 def _plain(value: Any) -> Any:
@@ -149,12 +159,16 @@ class _Reader:
         self.manifest, self.values = manifest, values
         self.made: dict[tuple[str, int], Any] = {}
 
-    def spec(self, record: dict[str, Any]) -> Spec:
-        measurement, train = record["measurement"], record["train"]
+    def spec(self, record: list[Any]) -> Spec:
+        row = dict(zip(_COLUMNS, record, strict=False))
+        measurement, train = row["measurement"], row["train"]
+        names = self.values[row["names of fields"]]
         return Spec(
-            **{name: record[name] for name in _PLAIN},
-            **{name: self.part(name, record[name]) for name in _SHARED},
-            fields={name: self.values[place] for name, place in record["fields"].items()},
+            **{name: row[name] for name in _OWN},
+            **{name: self.part(name, row[name]) for name in _SHARED},
+            fields=dict(
+                zip(names, map(self.values.__getitem__, record[len(_COLUMNS) :]), strict=True)
+            ),
             entry=None if measurement is None else self.manifest.measurements[measurement],
             train=None if train is None else self.manifest.train[train],
         )
@@ -167,17 +181,30 @@ class _Reader:
         return self.made[name, place]
 
 
-def _with_values(known: dict[str, Any]) -> dict[str, Any]:
-    """The same with values in their place, where an older flatcensus wrote them into each spec."""
+def _as_lists(known: dict[str, Any]) -> dict[str, Any]:
+    """The same as it is written now, of an older flatcensus, which wrote every spec in full."""
     if "values" in known:
         return known
+    specs: list[list[Any]] = []
     values: list[Any] = []
+
+    def places(found: Iterable[Any]) -> list[int]:
+        before = len(values)
+        values.extend(found)
+        return list(range(before, len(values)))
+
     for record in known["specs"]:
-        for part, names in ((record, _SHARED), (record["fields"], list(record["fields"]))):
-            for name in names:
-                values.append(part.get(name))
-                part[name] = len(values) - 1
-    return {**known, "values": values}
+        fields = record["fields"]
+        specs.append(
+            [
+                *(record[name] for name in _OWN),
+                *places(record.get(name) for name in _SHARED),
+                record["measurement"],
+                record["train"],
+                *places([list(fields), *fields.values()]),
+            ]
+        )
+    return {**known, "specs": specs, "values": values}
 
 
 def _outline(record: dict[str, Any]) -> Outline:

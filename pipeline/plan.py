@@ -11,13 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pipeline.calibration import Calibration, calibrate, finished_units
-from pipeline.cost import (
-    nominal_rates,
-    seconds_per_index,
-    slot_device,
-    slot_share,
-    unit_bytes,
-)
+from pipeline.cost import nominal_rates, slot_device, slot_share
 from pipeline.coverage import missing_blocks, without
 from pipeline.decisions import Decisions
 from pipeline.entries import Manifest, ResourceSpec
@@ -27,13 +21,13 @@ from pipeline.shards import Quarantined, ShardName, list_shards
 from pipeline.specs import Resolved, Spec, Unresolved
 from pipeline.store import Store
 from pipeline.tables import stage_columns
-from pipeline.units import Terms, UnitGroup, Units, unit_size
+from pipeline.units import Terms, UnitGroup, Units
 from tasks.block import Block
 
 State = Literal["done", "todo", "failed"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SpecPlan:
     """One spec with its state: which block it wants now, what is to do, what failed."""
 
@@ -106,14 +100,17 @@ def make_plan(
                 manifest, store, resolved=resolved, retry_failed=retry_failed, decisions=decisions
             )
     calibration = _calibration(resolved, store, present, manifest.resources)
-    terms = Terms(manifest.seed, store.uri, manifest.resources, calibration.rates)
+    terms = Terms(
+        manifest.seed, store.uri, manifest.resources, calibration.rates, manifest.itemsize
+    )
     planned_blocks: dict[str, list[Block]] = {}
     groups: list[UnitGroup] = []
     for item in specs:
         # Equal networks, or twins that differ in coverage alone, share their units.
         known = planned_blocks.setdefault(item.spec.key, [])
         if todo := without(item.todo, known):
-            groups.append(_group(item, todo, terms, present, manifest.itemsize))
+            generation = _generation(present.get(item.spec.key, ()))
+            groups.append(terms.group(item.spec, todo, item.wanted, generation=generation))
         known += item.todo
     planned = {item.spec.key for item in specs}
     return Plan(
@@ -204,21 +201,6 @@ def _reason(stage: int, have: Sequence[Block], failed: Sequence[Block], retry_fa
     return "some samples missing" if have else "no result with these settings"
 
 
-def _group(
-    item: SpecPlan,
-    todo: Sequence[Block],
-    terms: Terms,
-    present: Mapping[str, Sequence[ShardName]],
-    itemsize: int,
-) -> UnitGroup:
-    """What is to do of a spec, to be cut into units."""
-    spec, resources = item.spec, terms.resources
-    generation = 1 + max(
-        (n.generation for n in present.get(spec.key, ()) if n.generation is not None), default=-1
-    )
-    return UnitGroup(
-        spec=spec, gaps=tuple(todo), wanted=item.wanted,
-        size=unit_size(spec, seconds_per_index(spec, resources), resources),
-        terms=terms, generation=generation,
-        predicted_bytes=unit_bytes(spec, resources.batch_size, itemsize),
-    )  # fmt: skip
+def _generation(names: Sequence[ShardName]) -> int:
+    """Number of the next failure record of a spec."""
+    return 1 + max((n.generation for n in names if n.generation is not None), default=-1)

@@ -6,10 +6,9 @@ run first saw. A checkpoint that cannot be had is a row, never a gap.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.entries import Manifest, MeasurementEntry, TrainEntry
 from pipeline.errors import ManifestError
@@ -109,6 +108,7 @@ def resolve(manifest: Manifest, store: Store, *, tentative: bool = False) -> Res
             split: datasets.pinned(manifest.data, split)
             for split in (manifest.data.split, TRAINING_SPLIT)
         }
+        settings = [(entry, entry.measurement.key_fields()) for entry in manifest.measurements]
         for ref, name in refs:
             try:
                 network = outline(ref)
@@ -125,14 +125,11 @@ def resolve(manifest: Manifest, store: Store, *, tentative: bool = False) -> Res
                 )
                 unresolved.append(Unresolved(name, ref.family, ref.tag, reason))
                 continue
-            measured = [
-                _measure_spec(
-                    manifest, ref, name, entry, images, training, network, transform, outputs
-                )
-                for entry in manifest.measurements
+            checkpoint = _Measured(ref, name, network, transform, outputs, stored.get(ref.path))
+            specs += [
+                _measure_spec(manifest, checkpoint, entry, fields, images, training, pinned)
+                for entry, fields in settings
             ]
-            where = stored.get(ref.path)
-            specs += [replace(spec, data_files=pinned, stored=where) for spec in measured]
     return Resolved(tuple(specs), tuple(unresolved), tuple(untrained), files | datasets.files)
 
 
@@ -173,27 +170,37 @@ def _train_spec(entry: TrainEntry, datasets: PlannedImages) -> Spec:
     )  # fmt: skip
 
 
+class _Measured(NamedTuple):
+    """A checkpoint to measure, and what all its specs share."""
+
+    ref: CheckpointRef
+    name: str
+    network: Outline
+    transform: dict[str, Any]
+    outputs: tuple[int, ...] | None
+    stored: str | None
+
+
 def _measure_spec(
     manifest: Manifest,
-    ref: CheckpointRef,
-    name: str,
+    checkpoint: _Measured,
     entry: MeasurementEntry,
+    settings: dict[str, Any],
     images: Images,
     training: Images | None,
-    network: Outline,
-    transform: dict[str, Any],
-    outputs: tuple[int, ...] | None,
+    pinned: Mapping[str, tuple[HubFile, ...]],
 ) -> Spec:
+    ref, outputs = checkpoint.ref, checkpoint.outputs
     fields = {
         "key_version": KEY_VERSION,
         "kind": "measure",
         "checkpoint": content_of(ref.identity),
         "data": images.identity(),
-        "transform": transform,
+        "transform": checkpoint.transform,
         "output": manifest.output,
         "dtype": manifest.dtype,
         "seed": manifest.seed,
-        "measurement": entry.measurement.key_fields(),
+        "measurement": settings,
     }
     if entry.measurement.needs_training_images:
         assert training is not None
@@ -204,11 +211,11 @@ def _measure_spec(
         # One file can serve two of timm's architectures: those of CLIP differ in the activation.
         fields["architecture"] = ref.architecture
     return Spec(
-        key=spec_key(fields), kind="measure", checkpoint=name, family=ref.family, tag=ref.tag,
-        metric=entry.metric, label=entry.label, fields=fields, ref=ref, entry=entry, train=None,
-        data=manifest.data, data_identity=images.identity(), available=len(images),
-        num_samples=manifest.data.samples, network=network, label_map=outputs,
-        with_labels=reads_labels(manifest),
+        key=spec_key(fields), kind="measure", checkpoint=checkpoint.name, family=ref.family,
+        tag=ref.tag, metric=entry.metric, label=entry.label, fields=fields, ref=ref, entry=entry,
+        train=None, data=manifest.data, data_identity=images.identity(), available=len(images),
+        num_samples=manifest.data.samples, network=checkpoint.network, label_map=outputs,
+        with_labels=reads_labels(manifest), data_files=pinned, stored=checkpoint.stored,
     )  # fmt: skip
 
 

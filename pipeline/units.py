@@ -9,41 +9,79 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Literal, TypeVar
 
-from pipeline.cost import Rates, block_work, slot_share
+from pipeline.cost import Rates, block_work, seconds_per_index, slot_share, unit_bytes
 from pipeline.entries import ResourceSpec
 from pipeline.specs import Spec, Task
 from tasks.block import Block
 
+_T = TypeVar("_T")
+
 
 @dataclass(frozen=True)
 class Terms:
-    """What all units of a plan share: the manifest's seed and resources, the store, the rates."""
+    """What all units of a plan share: the manifest's seed and resources, the store, the rates.
+
+    What they predict is the same for all specs of one network and measurement, and kept.
+    """
 
     seed: int
     store: str
     resources: ResourceSpec
     rates: Rates
+    itemsize: int = 4
+    _known: dict[tuple[int, ...], tuple[Any, Spec]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     @property
     def device(self) -> Literal["cpu", "cuda"]:
         """Where units run."""
         return "cuda" if self.resources.num_gpus > 0 else "cpu"
 
-    def seconds(self, spec: Spec, block: Block) -> float:
+    def group(
+        self, spec: Spec, gaps: Sequence[Block], wanted: Block, *, generation: int = 0
+    ) -> UnitGroup:
+        """What is to do of a spec, to be cut into units."""
+        return UnitGroup(
+            spec=spec, gaps=tuple(gaps), wanted=wanted, size=self._once(spec, (), self._size),
+            terms=self, generation=generation,
+            predicted_bytes=self._once(spec, (0,), self._bytes),
+        )  # fmt: skip
+
+    def seconds(self, spec: Spec, num_samples: int, num_draws: int) -> float:
         """Predicted seconds of a unit."""
-        return self.rates.seconds(
-            block_work(spec, block, self.resources.batch_size),
-            num_images=0 if spec.entry is None else len(block.samples),
-            share=slot_share(self.resources),
-        )
+
+        def predict(spec: Spec) -> float:
+            return self.rates.seconds(
+                block_work(
+                    spec, Block(range(num_samples), range(num_draws)), self.resources.batch_size
+                ),
+                num_images=0 if spec.entry is None else num_samples,
+                share=slot_share(self.resources),
+            )
+
+        return self._once(spec, (num_samples, num_draws), predict)
+
+    def _size(self, spec: Spec) -> int:
+        return unit_size(spec, seconds_per_index(spec, self.resources), self.resources)
+
+    def _bytes(self, spec: Spec) -> int | None:
+        return unit_bytes(spec, self.resources.batch_size, self.itemsize)
+
+    def _once(self, spec: Spec, what: tuple[int, ...], predict: Callable[[Spec], _T]) -> _T:
+        """What is predicted for a network and a measurement, or a training."""
+        key = (id(spec.network), id(spec.entry), id(spec.train), *what)
+        if key not in self._known:
+            self._known[key] = predict(spec), spec  # which keeps alive what the key names
+        return self._known[key][0]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class UnitGroup:
     """The units of one spec, alike but for their blocks.
 
@@ -71,45 +109,33 @@ class UnitGroup:
 
     def __iter__(self) -> Iterator[Task]:
         """The units in order, made one by one."""
-        terms, seconds = self.terms, self._seconds
+        terms = self.terms
         for gap in self.gaps:
             for piece in split(gap, self.size, self.wanted):
                 yield Task(
                     spec=self.spec, block=piece, seed=terms.seed, store=terms.store,
                     batch_size=terms.resources.batch_size, threads=terms.resources.num_cpus,
                     device=terms.device,
-                    predicted_seconds=seconds[len(piece.samples), len(piece.draws)],
+                    predicted_seconds=self._seconds(len(piece.samples), len(piece.draws)),
                     predicted_bytes=self.predicted_bytes, generation=self.generation,
                 )  # fmt: skip
 
     @property
     def predicted_seconds(self) -> float:
         """Sum over the units, in seconds of one slot."""
-        return sum(count * self._seconds[shape] for shape, count in self._shapes.items())
+        return sum(count * self._seconds(*shape) for shape, count in self._shapes.items())
 
     @property
     def longest_seconds(self) -> float:
         """Of a single unit."""
-        return max(self._seconds.values(), default=0.0)
+        return max((self._seconds(*shape) for shape in self._shapes), default=0.0)
 
-    @cached_property
-    def _shapes(self) -> Counter[tuple[int, int]]:
-        """How many units have so many samples and draws: a few shapes however many units."""
-        found: Counter[tuple[int, int]] = Counter()
-        at_once, width = _grid(self.size, self.wanted)
-        for gap in self.gaps:
-            draws, samples = _lengths(gap.draws, at_once), _lengths(gap.samples, width)
-            for (s, n), (d, m) in itertools.product(samples.items(), draws.items()):
-                found[s, d] += n * m
-        return found
+    @property
+    def _shapes(self) -> Mapping[tuple[int, int], int]:
+        return _shapes(self.gaps, self.size, self.wanted)
 
-    @cached_property
-    def _seconds(self) -> dict[tuple[int, int], float]:
-        """Predicted seconds of a unit of each shape."""
-        return {
-            (s, d): self.terms.seconds(self.spec, Block(range(s), range(d)))
-            for s, d in self._shapes
-        }
+    def _seconds(self, num_samples: int, num_draws: int) -> float:
+        return self.terms.seconds(self.spec, num_samples, num_draws)
 
 
 @dataclass(frozen=True)
@@ -168,6 +194,18 @@ def split(gap: Block, size: int, wanted: Block) -> Iterator[Block]:
     for draws in _cut(gap.draws, at_once):
         for samples in _cut(gap.samples, width):
             yield Block(samples, draws)
+
+
+@lru_cache(maxsize=4096)  # most specs of a run want, or lack, the same
+def _shapes(gaps: tuple[Block, ...], size: int, wanted: Block) -> Mapping[tuple[int, int], int]:
+    """How many units have so many samples and draws: a few shapes however many units."""
+    found: Counter[tuple[int, int]] = Counter()
+    at_once, width = _grid(size, wanted)
+    for gap in gaps:
+        draws, samples = _lengths(gap.draws, at_once), _lengths(gap.samples, width)
+        for (s, n), (d, m) in itertools.product(samples.items(), draws.items()):
+            found[s, d] += n * m
+    return found
 
 
 def _grid(size: int, wanted: Block) -> tuple[int, int]:

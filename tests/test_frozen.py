@@ -66,12 +66,21 @@ def test_what_an_older_flatcensus_kept_is_read(run: Run):
     """It wrote each spec in full, and no digest."""
     now = thaw(run.manifest, run.store)
     document = json.loads(run.store.get(FROZEN))["known"]
-    values = document.pop("values")
-    for record in document["specs"]:
-        del record["stored"]
-        for name in ("family", "tag", "metric", "data_identity", "ref", "data", "network"):
-            record[name] = values[record[name]]
-        record["fields"] = {name: values[place] for name, place in record["fields"].items()}
+    values, columns = document.pop("values"), document.pop("columns")
+    own = ("key", "checkpoint", "measurement", "train")
+    records = []
+    for row in document["specs"]:
+        record = {
+            name: item if name in own else values[item]
+            for name, item in zip(columns, row, strict=False)
+            if name != "stored"
+        }
+        places = row[len(columns) :]
+        names = record.pop("names of fields")
+        records.append(
+            record | {"fields": {n: values[p] for n, p in zip(names, places, strict=True)}}
+        )
+    document["specs"] = records
     run.store.put(FROZEN, json.dumps(document, indent=1).encode())
     known = thaw(run.manifest, run.store)
     assert known is not None

@@ -107,7 +107,9 @@ def test_a_group_knows_what_its_units_add_up_to_without_making_them(have, sample
     assert group.predicted_seconds == pytest.approx(sum(seconds), rel=1e-12)
     assert group.longest_seconds == max(seconds, default=0.0)
     for unit in units:
-        assert unit.predicted_seconds == terms.seconds(SHARPNESS_SPEC, unit.block)
+        assert unit.predicted_seconds == terms.seconds(
+            SHARPNESS_SPEC, len(unit.block.samples), len(unit.block.draws)
+        )
         assert (unit.generation, unit.predicted_bytes) == (2, 9)
 
 
