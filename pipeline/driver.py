@@ -7,6 +7,7 @@ most the units in flight, and the same command continues.
 from __future__ import annotations
 
 import os
+import random
 import signal
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from pipeline.entries import Manifest
 from pipeline.executor import Executor
 from pipeline.frozen import freeze
 from pipeline.known_specs import write_specs
-from pipeline.launches import How, LaunchLog, new_launch_id
+from pipeline.launches import How, LaunchLog, new_launch_id, read_launches
 from pipeline.plan import make_plan
 from pipeline.prefetch import Ahead
 from pipeline.resolve import resolve
@@ -71,7 +72,7 @@ def launch(
     scheduler: Scheduler | None = None
     with (
         _Interrupts() as interrupts,
-        LaunchLog(store, launch_id or new_launch_id(), on, on_request=_signal_self) as log,
+        LaunchLog(store, launch_id or new_launch_id(), on, on_request=interrupts.request) as log,
     ):
 
         def report() -> None:
@@ -117,6 +118,7 @@ def launch(
                     scheduler = Scheduler(
                         store, executor, observer, result, interrupts,
                         max_attempts=manifest.resources.max_attempts, on_change=report,
+                        spread=_spread(store, log.record.id),
                     )  # fmt: skip
                 if scheduler.add(groups, _ahead(resolved, manifest)):
                     observer.planned(plan, len(executor.places))
@@ -134,10 +136,10 @@ def launch(
 _COUNTS = ("committed", "failed", "retried", "lost", "duplicates", "speculated")
 
 
-def _signal_self(how: How) -> None:
-    """A request to stop is answered like Ctrl-C: once lets running units finish."""
-    for _ in range(2 if how == "now" else 1):
-        os.kill(os.getpid(), signal.SIGTERM)
+def _spread(store: Store, launch_id: str) -> random.Random | None:
+    """Where units begin, if other launches work on the run: no number depends on the order."""
+    others = (r for r in read_launches(store) if r.is_alive and r.id != launch_id)
+    return random.Random(launch_id) if any(others) else None
 
 
 def _ahead(resolved: Resolved, manifest: Manifest) -> Ahead:
@@ -169,6 +171,12 @@ class _Interrupts(list[int]):
         """Answer the signals from here."""
         for number in self.before:
             signal.signal(number, self._receive)
+
+    def request(self, how: How) -> None:
+        """Answer a request to stop like these signals; called from another thread."""
+        if how == "now":
+            self.append(signal.SIGTERM)  # a first, since two in a row may arrive as one
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def _receive(self, number: int, frame: object) -> None:
         self.append(number)

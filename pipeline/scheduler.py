@@ -6,6 +6,7 @@ A unit is free to be tried again as often as its slot or node is lost; what it d
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections import Counter, deque
@@ -81,7 +82,11 @@ class _Attempt:
 
 
 class Scheduler:
-    """Units in flight: those that wait, those that run, those that will be tried again."""
+    """Units in flight: those that wait, those that run, those that will be tried again.
+
+    With ``spread`` each spec's units begin somewhere in their middle: launches that share a run
+    then rarely do the same ones.
+    """
 
     def __init__(
         self,
@@ -92,11 +97,12 @@ class Scheduler:
         interrupts: Sequence[int],
         *,
         max_attempts: int,
+        spread: random.Random | None = None,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self.store, self.executor, self.observer = store, executor, observer
         self.result, self.interrupts, self.max_attempts = result, interrupts, max_attempts
-        self.on_change = on_change
+        self.spread, self.on_change = spread, on_change
         self.ahead = Ahead({}, per_slot=0)
         self.queue = UnitQueue()
         self.delayed: list[tuple[float, Task]] = []
@@ -126,7 +132,9 @@ class Scheduler:
         for group in groups:
             subjects.add(group.spec.subject)
             known = in_flight.get(group.spec.key)
-            self.queue.add_group(replace(group, gaps=_without(group, known)) if known else group)
+            if known:
+                group = replace(group, gaps=tuple(without(group.gaps, known)))
+            self.queue.add_group(group, start=self.spread.random() if self.spread else 0.0)
         self.num_subjects = len(subjects)
         return self.remaining - before
 
@@ -321,8 +329,3 @@ class Scheduler:
         self.result.failed += 1
         write_failure(self.store, task, failure)
         return f"failed: {failure.message}"
-
-
-def _without(group: UnitGroup, blocks: Sequence[Block]) -> tuple[Block, ...]:
-    """What a group has to do besides some blocks that are in flight."""
-    return tuple(without(group.gaps, blocks))

@@ -10,6 +10,7 @@ a million holds a few objects for each spec.
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator
 
@@ -40,10 +41,12 @@ class UnitQueue:
         self._count(task.spec.subject, 1, task.predicted_seconds)
         self._offer(task.spec.subject)
 
-    def add_group(self, group: UnitGroup) -> None:
-        """Put a spec's units behind what is there."""
+    def add_group(self, group: UnitGroup, *, start: float = 0.0) -> None:
+        """Put a spec's units behind what is there; ``start`` in [0, 1) is where they begin."""
         if len(group):
-            self._subject(group.spec.subject).groups.append(iter(group))
+            first = int(start * len(group))
+            units = itertools.islice(group, first, None), itertools.islice(group, first)
+            self._subject(group.spec.subject).groups.append(itertools.chain(*units))
             self._count(group.spec.subject, len(group), group.predicted_seconds)
             self._offer(group.spec.subject)
 

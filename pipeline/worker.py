@@ -115,6 +115,9 @@ def run_unit(task: Task, bench: Workbench) -> Outcome:
     started, clock, cpu = datetime.now(UTC), time.perf_counter(), time.process_time()
     try:
         store = open_store(task.store)
+        key = shard_key(task.spec.key, task.block)
+        if store.exists(key):  # another launch works on this run, or an attempt taken for lost
+            return Outcome("duplicate", time.perf_counter() - clock)
         load_seconds, tested = 0.0, False
         if task.spec.kind == "train":
             rows, artifacts = _train(task, bench, store)
@@ -136,7 +139,6 @@ def run_unit(task: Task, bench: Workbench) -> Outcome:
                 "self_tested": tested,
             },
         )  # fmt: skip
-        key = shard_key(task.spec.key, task.block)
         if store.put_new(key, encode_shard(rows, record, _constants(task))):
             return Outcome("committed", seconds)
         return Outcome("duplicate", seconds, nondeterminism=_compare(store, key, rows))
