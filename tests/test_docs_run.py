@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from commands import call
 from documents import README, blocks, quoted, section, tables
 from hub_world import NAMES, point, served, write_census
 from populations import Quiet, save_mlp, write_manifest
+from s3_servers import s3_server, use_s3
 
 from pipeline.cli import app
 from pipeline.outputs import write_outputs
 from pipeline.reduce import TABLE_SCHEMAS
-from pipeline.run import execute, open_run, start_run, verify
+from pipeline.run import execute, open_run, start_run
+from pipeline.shards import verify
 from tasks.checkpoints import describe_local, load_checkpoint
 
 
@@ -48,6 +51,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "manifests/fashion-vits.toml").write_text(text)
     launch(folder / "demo.toml", folder / "runs/demo")
     return folder
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server with the bucket that the README's commands name."""
+    with s3_server("moto", tmp_path_factory.mktemp("moto")) as address:
+        yield address
 
 
 def launch(manifest: Path, folder: Path) -> None:
@@ -96,9 +106,15 @@ def test_command_lines_have_options_that_exist(line: str):
 
 @pytest.mark.parametrize(("line", "output"), CHEAP, ids=[line for line, _ in CHEAP])
 def test_commands_run_and_print_what_is_shown(
-    line: str, output: list[str], place: Path, monkeypatch: pytest.MonkeyPatch
+    line: str,
+    output: list[str],
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ):
     monkeypatch.chdir(place)
+    if "s3://" in line:
+        use_s3(monkeypatch, request.getfixturevalue("bucket"))
     with served(*NAMES[:2]) as hub:
         point(hub, monkeypatch, place)
         answer = call(*shlex.split(line)[1:])
