@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Literal, NamedTuple
 
 import pyarrow as pa
@@ -27,6 +27,7 @@ from pipeline.packs import (
     reported,
     set_pack_aside,
 )
+from pipeline.read_ahead import read_ahead
 from pipeline.schema import MEASUREMENT_SCHEMA, UnitRecord
 from pipeline.shard_file import (
     Quarantined,
@@ -129,11 +130,26 @@ def read_found(
 ) -> Iterator[tuple[str, Found]]:
     """The same by spec, for many units at once."""
     whole = _listed(store, spec_keys, quarantined)
+    order_of_reading = (
+        name.key for key in whole.spec_keys() for name, place in whole.places(key) if place is None
+    )
+    with read_ahead(store, order_of_reading) as get:
+        yield from _each(store, get, whole, on_corrupt, quarantined)
+
+
+def _each(
+    store: Store,
+    get: Callable[[str], bytes],
+    whole: _Listing,
+    on_corrupt: OnCorrupt,
+    quarantined: list[Quarantined] | None,
+) -> Iterator[tuple[str, Found]]:
+    """What is found of each spec; ``get`` may have read it already."""
     for key in whole.spec_keys():
         listing = whole
         for _ in range(MAX_LOOKS):
             try:
-                found = _read(store, listing.places(key), on_corrupt, quarantined)
+                found = _read(store, get, listing.places(key), on_corrupt, quarantined)
                 break
             except MissingKeyError:
                 pass
@@ -163,18 +179,21 @@ def verify(store: Store, known: set[str] | None = None) -> list[Quarantined]:
     """
     known = set() if known is None else known
     quarantined: list[Quarantined] = []
-    for entry in store.entries("shards/"):
-        name, here = parse_key(entry.key), f"{entry.key} {entry.stamp}"
-        if name is None or here in known:
-            continue
-        try:
-            check_shard(store.get(entry.key), key=entry.key)
-        except MissingKeyError:
-            continue  # packed or set aside since
-        except ShardError as error:
-            _quarantine(store, name, error, quarantined)
-        else:
-            known.add(here)
+    unknown = [
+        (name, f"{entry.key} {entry.stamp}")
+        for entry in store.entries("shards/")
+        if (name := parse_key(entry.key)) is not None and f"{entry.key} {entry.stamp}" not in known
+    ]
+    with read_ahead(store, (name.key for name, _ in unknown)) as get:
+        for name, here in unknown:
+            try:
+                check_shard(get(name.key), key=name.key)
+            except MissingKeyError:
+                continue  # packed or set aside since
+            except ShardError as error:
+                _quarantine(store, name, error, quarantined)
+            else:
+                known.add(here)
     for pack in list_packs(store, quarantined):
         if pack.known_as in known:
             continue
@@ -302,6 +321,7 @@ def _prefixes(spec_keys: Collection[str] | None) -> list[str]:
 
 def _read(
     store: Store,
+    get: Callable[[str], bytes],
     places: list[tuple[ShardName, _Place]],
     on_corrupt: OnCorrupt,
     quarantined: list[Quarantined] | None,
@@ -326,7 +346,7 @@ def _read(
             if run is not None:
                 flush()
             try:
-                waiting.append(decode_shard(store.get(name.key), key=name.key))
+                waiting.append(decode_shard(get(name.key), key=name.key))
             except ShardError as error:
                 if on_corrupt == "raise":
                     raise
