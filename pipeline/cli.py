@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from pipeline import cluster_commands, hub_commands
+from pipeline import cluster_commands, hub_commands, store_commands
 from pipeline.cluster_commands import launch_detached
 from pipeline.command import (
     DetachOption,
@@ -198,29 +198,8 @@ app.command()(reported(cluster_commands.logs))
 app.command()(reported(cluster_commands.stop))
 
 
-@app.command()
-@reported
-def verify(run: RunArg, as_json: JsonOption = False) -> int:
-    """Check every byte of every shard; set damaged ones aside so that they are done again."""
-    from pipeline.console import table_of
-    from pipeline.labels import counted
-    from pipeline.run import open_run
-    from pipeline.shards import list_shards
-    from pipeline.shards import verify as verify_store
-
-    console = Console(as_json=as_json)
-    store = open_run(run).store
-    quarantined = verify_store(store, set())
-    sound = sum(len(names) for names in list_shards(store).values())
-    if quarantined or as_json:
-        records = [item._asdict() for item in quarantined]
-        console.table(table_of(records, ["key", "moved_to", "reason"]))
-    console.say(f"{counted(sound, 'sound shard')}, {len(quarantined)} damaged and set aside")
-    if quarantined:
-        console.next_step(f"flatcensus resume {shown(run)}", "do the lost units again")
-    else:
-        console.next_step(f"flatcensus status {shown(run)}", "what is done and what is not")
-    return EXIT_FAILED_UNITS if quarantined else EXIT_OK
+app.command()(reported(store_commands.verify))
+app.command()(reported(store_commands.compact))
 
 
 @app.command()
@@ -246,12 +225,11 @@ def query(
     as_json: JsonOption = False,
 ) -> int:
     """Ask a run by SQL or by filters."""
+    from pipeline.memo import run_tables
     from pipeline.query import MAIN_COLUMNS, connect, is_truncated, run_filters, run_sql
-    from pipeline.run import open_run
 
     console = Console(as_json=as_json)
-    _, tables = open_run(run).reduce(publish=False)
-    connection, view = connect(tables.arrow()), what.strip()
+    connection, view = connect(run_tables(run)), what.strip()
     if view.isidentifier():
         usual = None if as_json else MAIN_COLUMNS.get(view)
         names = [c.strip() for c in columns.split(",")] if columns else usual
@@ -281,13 +259,13 @@ def query(
 @reported
 def correlate(run: RunArg, as_json: JsonOption = False) -> int:
     """Print the correlations of the manifest with their confidence intervals."""
-    from pipeline.run import open_run
+    from pipeline.memo import run_tables
 
     console = Console(as_json=as_json)
-    _, tables = open_run(run).reduce(publish=False)
-    if not len(tables.correlations):
+    correlations = run_tables(run)["correlations"].to_table().to_pandas()
+    if correlations.empty:
         console.warn("the manifest names no pairs: add a [[correlations]] table with x and y")
-    console.table(tables.correlations)
+    console.table(correlations)
     console.next_step(f"flatcensus report {shown(run)}", "the same with figures")
     return EXIT_OK
 

@@ -17,7 +17,7 @@ from datetime import UTC, datetime, timedelta
 
 import numpy as np
 
-from pipeline.errors import ShardError
+from pipeline.errors import ShardError, StoreError
 from pipeline.pack_file import FOLDER, MAX_ROWS, MAX_UNITS, TIME_FORMAT, Packed, PackWriter
 from pipeline.packs import (
     DamagedPackError,
@@ -51,14 +51,14 @@ class Compaction:
         num_merged: Packs whose units are in newer packs now.
         num_duplicates: Shards deleted because an equal one was packed before.
         nondeterminism: Shards set aside because another one with other numbers was packed before.
-        quarantined: What was set aside, those and damaged ones.
+        quarantined: Damaged shards and packs, set aside.
     """
 
     num_units: int = 0
     num_packs: int = 0
     num_merged: int = 0
     num_duplicates: int = 0
-    nondeterminism: list[str] = field(default_factory=list)
+    nondeterminism: list[Quarantined] = field(default_factory=list)
     quarantined: list[Quarantined] = field(default_factory=list)
 
 
@@ -109,10 +109,21 @@ def compact(store: Store, *, progress: Callable[[int, int], None] | None = None)
     return done
 
 
-def compact_if_many(store: Store) -> Compaction | None:
-    """Pack loose shards if there are so many that reading them one by one would take long."""
+def pack_if_many(store: Store) -> Compaction | None:
+    """Compact if there are so many loose shards that reading them one by one takes long.
+
+    Without space for a pack they stay as they are, which is slower and no less safe.
+    """
     count = sum(1 for _ in itertools.islice(loose_shards(store), MANY + 1))
-    return compact(store) if count > MANY else None
+    if count <= MANY:
+        return None
+    try:
+        return compact(store)
+    except StoreError as error:
+        if not error.disk_full:
+            raise
+        _log.warning("shards were not packed: %s", error)
+        return None
 
 
 def _sound_packs(store: Store, quarantined: list[Quarantined]) -> list[Pack]:
@@ -162,8 +173,7 @@ def _settle_duplicate(
         done.num_duplicates += 1
         return
     reason = "holds other numbers than the shard of this unit that was packed before, which is kept"
-    done.nondeterminism.append(f"{name.key} {reason}")
-    done.quarantined.append(reported(Quarantined(name.key, set_aside(store, name.key), reason)))
+    done.nondeterminism.append(reported(Quarantined(name.key, set_aside(store, name.key), reason)))
 
 
 def _equal(one: Shard, other: Shard) -> bool:

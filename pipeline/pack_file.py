@@ -34,7 +34,7 @@ PACK_VERSION = 1
 # Chosen: a listing of a million units reads a hundred indexes; a pack is tens of megabytes.
 MAX_UNITS, MAX_ROWS = 10_000, 2_000_000
 # Chosen: what a damaged bit can cost, and still few enough groups to read all of them quickly.
-GROUP_UNITS, GROUP_ROWS = 256, 500_000
+GROUP_UNITS, GROUP_ROWS = 256, 100_000
 TIME_FORMAT = "%Y%m%dT%H%M%S.%fZ"
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import duckdb
 import pyarrow as pa
+from pyarrow.dataset import Dataset
 
 from pipeline.errors import QueryError, did_you_mean
 
@@ -56,7 +57,7 @@ MAIN_COLUMNS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-def connect(tables: Mapping[str, pa.Table]) -> duckdb.DuckDBPyConnection:
+def connect(tables: Mapping[str, pa.Table | Dataset]) -> duckdb.DuckDBPyConnection:
     """Open a locked in-memory database with the tables as views.
 
     ``failures`` is derived from ``units`` unless it is given.

@@ -8,6 +8,7 @@ has its rows, measured or not.
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from pipeline.lines import (
     unfinished_lines,
 )
 from pipeline.matrix import matrix_table
+from pipeline.memo import encode_table, forget, published_digest, remember, table_key
 from pipeline.plan import Plan
 from pipeline.schema import MEASUREMENT_SCHEMA, UNITS_SCHEMA
 from pipeline.shards import NOTHING, Found, Quarantined, read_found
@@ -48,7 +50,7 @@ _PROVENANCE = ("seconds", "code_version", "torch_version", "timm_version")
 
 @dataclass(frozen=True)
 class Tables:
-    """The reduced tables of a run."""
+    """The reduced tables of a run. ``made_from`` is the folder's fingerprint, if it has one."""
 
     measurements: pd.DataFrame
     summary: pd.DataFrame
@@ -58,6 +60,7 @@ class Tables:
     matrix: pd.DataFrame
     units: pd.DataFrame
     failures: pd.DataFrame
+    made_from: str | None = None
 
     def arrow(self) -> Mapping[str, pa.Table]:
         """The tables for DuckDB and Parquet: the same columns and types whatever they hold."""
@@ -131,10 +134,11 @@ def reduce_run(manifest: Manifest, plan: Plan, units: Mapping[str, Found]) -> Ta
 
 def write_tables(tables: Tables, store: Store) -> None:
     """Publish the tables as ``tables/<name>.parquet``, each replaced in one step."""
-    for name, table in tables.arrow().items():
-        sink = io.BytesIO()
-        pq.write_table(table.replace_schema_metadata(None), sink, compression="zstd")
-        store.put(f"tables/{name}.parquet", sink.getvalue())
+    data = {name: encode_table(table) for name, table in tables.arrow().items()}
+    forget(store)
+    for name, content in data.items():
+        store.put(table_key(name), content)
+    remember(store, tables.made_from, data)
 
 
 def published_table(store: Store, name: str) -> pd.DataFrame:
@@ -143,11 +147,14 @@ def published_table(store: Store, name: str) -> pd.DataFrame:
     Raises:
         StoreError: What is there cannot be read.
     """
-    key = f"tables/{name}.parquet"
+    key = table_key(name)
     if not store.exists(key):
         return TABLE_SCHEMAS[name].empty_table().to_pandas()
     try:
-        table = pq.read_table(io.BytesIO(store.get(key)))
+        data, digest = store.get(key), published_digest(store, name)
+        if digest not in (None, hashlib.sha256(data).hexdigest()):
+            raise ValueError("its SHA-256 is not that of the table that was published")
+        table = pq.read_table(io.BytesIO(data))
         return table.cast(TABLE_SCHEMAS[name]).to_pandas()
     except (pa.ArrowException, ValueError, OSError) as error:
         raise StoreError(

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.compact import pack_if_many
 from pipeline.decisions import DECISIONS
 from pipeline.driver import launch
 from pipeline.entries import Manifest
@@ -22,6 +23,7 @@ from pipeline.executor import Executor, InlineExecutor
 from pipeline.frozen import FROZEN, thaw
 from pipeline.lock import LOCK, keep
 from pipeline.manifest import load_manifest, parse_manifest
+from pipeline.memo import fingerprint
 from pipeline.plan import Plan, make_plan
 from pipeline.reduce import Tables, planned_units, reduce_run, write_tables
 from pipeline.resolve import resolve
@@ -58,15 +60,25 @@ class Run:
         return make_plan(self.manifest, self.store, resolved=resolved)
 
     def reduce(self, *, publish: bool = True) -> tuple[Plan, Tables]:
-        """Build the tables from the shards as they are now, and publish them in the run folder."""
+        """Build the tables from the units as they are now, and publish them in the run folder.
+
+        Many loose shards are packed before that.
+        """
+        if publish:
+            pack_if_many(self.store)
         damaged: list[Quarantined] = []
         while True:
-            plan = self.recall()
-            shards = planned_units(plan, self.store, quarantined=damaged)
+            # First, so that what is committed meanwhile makes the tables out of date.
+            made_from = fingerprint(self.store)
+            resolved = thaw(self.manifest, self.store)
+            plan = make_plan(self.manifest, self.store, resolved=resolved)
+            units = planned_units(plan, self.store, quarantined=damaged)
             if not damaged:
                 break
             damaged.clear()  # what was set aside is to do again: the plan is another one now
-        tables = reduce_run(self.manifest, plan, shards)
+        tables = reduce_run(self.manifest, plan, units)
+        if resolved is not None:  # else they rest on more than the folder
+            tables = replace(tables, made_from=made_from)
         if publish:
             write_tables(tables, self.store)
         return plan, tables

@@ -34,6 +34,7 @@ OPTIONS = {
     "status": ["--json"],
     "stop": ["--json", "--now"],
     "train": ["--json", "--on", "--run"],
+    "compact": ["--json"],
     "verify": ["--json"],
 }
 HEAVY = ("torch", "timm", "ray", "numpy", "pandas", "pyarrow", "duckdb", "matplotlib", "scipy")

@@ -306,7 +306,7 @@ def test_publishing_replaces_each_table_in_one_step_and_leaves_nothing_else(copi
     folder = Path(copied.store.uri) / "tables"
     (folder / "summary.parquet").write_bytes(b"old")
     copied.reduce()
-    assert set(files(folder)) == {f"{name}.parquet" for name in TABLES}
+    assert set(files(folder)) == {"memo.json", *(f"{name}.parquet" for name in TABLES)}
 
 
 TWINS = """

@@ -1,0 +1,71 @@
+"""``flatcensus verify`` and ``flatcensus compact``: the files of results in a run folder."""
+
+from __future__ import annotations
+
+from pipeline.command import JsonOption, RunArg, shown
+from pipeline.console import Console, table_of
+from pipeline.errors import EXIT_FAILED_UNITS, EXIT_OK
+
+
+def verify(run: RunArg, as_json: JsonOption = False) -> int:
+    """Check every byte of every result; set damaged files aside so that units are done again."""
+    from pipeline.labels import counted
+    from pipeline.packs import list_packs
+    from pipeline.run import open_run
+    from pipeline.shards import loose_shards
+    from pipeline.shards import verify as verify_store
+
+    console = Console(as_json=as_json)
+    store = open_run(run).store
+    quarantined = verify_store(store)
+    if quarantined or as_json:
+        records = [item._asdict() for item in quarantined]
+        console.table(table_of(records, ["key", "moved_to", "reason"]))
+    packs = list_packs(store)
+    parts = [counted(sum(1 for _ in loose_shards(store)), "sound shard")]
+    if packs:
+        units = counted(sum(pack.index.num_units for pack in packs), "unit")
+        parts.append(f"{units} in {counted(len(packs), 'sound pack')}")
+    console.say(", ".join([*parts, f"{len(quarantined)} damaged and set aside"]))
+    if quarantined:
+        console.next_step(f"flatcensus resume {shown(run)}", "do the lost units again")
+    else:
+        console.next_step(f"flatcensus status {shown(run)}", "what is done and what is not")
+    return EXIT_FAILED_UNITS if quarantined else EXIT_OK
+
+
+def compact(run: RunArg, as_json: JsonOption = False) -> int:
+    """Put many small result files into few large ones. No number changes; safe at any time."""
+    from pipeline.compact import compact as compact_store
+    from pipeline.labels import counted
+    from pipeline.run import open_run
+
+    console = Console(as_json=as_json)
+    opened = open_run(run)
+    done = compact_store(opened.store)
+    for item in done.nondeterminism:
+        console.warn(f"nondeterminism: {item.key} {item.reason}; moved to {item.moved_to}")
+    for item in done.quarantined:
+        console.warn(f"{item.key} was moved to {item.moved_to}: {item.reason}")
+    console.data(
+        {
+            "units": done.num_units, "packs": done.num_packs, "merged": done.num_merged,
+            "duplicates": done.num_duplicates,
+            "nondeterminism": [item._asdict() for item in done.nondeterminism],
+            "quarantined": [item._asdict() for item in done.quarantined],
+        }
+    )  # fmt: skip
+    if done.num_units or done.num_packs or done.num_merged or done.num_duplicates:
+        console.say(
+            f"{counted(done.num_units, 'unit')} moved into {counted(done.num_packs, 'new pack')}, "
+            f"{counted(done.num_merged, 'older pack')} merged, "
+            f"{counted(done.num_duplicates, 'equal duplicate')} dropped"
+        )
+    else:
+        console.say("nothing to pack")
+    if done.quarantined:
+        console.next_step(f"flatcensus resume {shown(run)}", "do again what is lost")
+        return EXIT_FAILED_UNITS
+    opened.reduce()
+    console.next_step(f"flatcensus query {shown(run)}", "the same numbers, read faster")
+    return EXIT_OK
