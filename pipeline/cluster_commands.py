@@ -106,7 +106,8 @@ def logs(
     record = _chosen(store, run, launch)
     jobs = _reached(record)
     if record.job is not None and jobs is None:
-        console.warn(f"no answer from {record.job['dashboard']}: the log as it was copied last")
+        gone = f"{record.job['dashboard']} does not answer, or does not know it any more"
+        console.warn(f"{gone}: the log as it was copied last")
     printed = 0
     while True:
         latest = read_launch(store, record.id) or record
@@ -228,14 +229,13 @@ def _silence(record: LaunchRecord) -> str:
 
 
 def _lives(record: LaunchRecord, jobs: Jobs | None) -> bool:
-    """Whether it is running, which its cluster knows best."""
+    """Whether it is running, which its cluster knows best: after "done" comes the report."""
     from pipeline.ray_jobs import job_state
 
-    if record.state not in ("running", "submitted"):
-        return False
-    state = None if jobs is None or record.job is None else job_state(jobs, record.id)
-    if state is not None:
-        return not state.has_ended
+    if jobs is not None and record.job == {"dashboard": jobs.dashboard}:
+        state = job_state(jobs, record.id)
+        if state is not None:
+            return not state.has_ended
     return is_running(record)
 
 
@@ -254,7 +254,7 @@ def _chosen(store: Store, run: str, launch: str | None) -> LaunchRecord:
 
 def _reached(record: LaunchRecord) -> Jobs | None:
     """The cluster of a launch, if it answers and still knows it."""
-    from pipeline.ray_jobs import connect, job_state
+    from pipeline.ray_jobs import UNKNOWN, connect, job_state
 
     if record.job is None:
         return None
@@ -262,7 +262,8 @@ def _reached(record: LaunchRecord) -> Jobs | None:
         jobs = connect(record.job["dashboard"])
     except ResourceError:
         return None
-    return jobs if job_state(jobs, record.id) is not None else None
+    state = job_state(jobs, record.id)
+    return jobs if state is not None and state.status != UNKNOWN else None
 
 
 def _log(store: Store, record: LaunchRecord, jobs: Jobs | None) -> str | None:

@@ -113,14 +113,14 @@ def _versions(reports: list[Report]) -> Iterator[Finding]:
     if not told:
         return
     here = {"python": platform.python_version(), **versions()}
-    common = told[0].versions
+    # Of most nodes; of equally many, the first's.
+    common = max((report.versions for report in told), key=[r.versions for r in told].count)
     odd = [report for report in told if report.versions != common]
     for report in odd:
         yield Finding(
             "versions", "fail",
-            f"node {report.host} differs from node {told[0].host}: "
-            f"{_difference(report.versions, common)}. A launch leaves out the slots that differ "
-            "from its driver: install the same on all nodes",
+            f"node {report.host} differs from most: {_difference(report.versions, common)}. A "
+            "launch leaves out slots that differ from its driver: install the same on all nodes",
         )  # fmt: skip
     if not odd:
         known = ", ".join(f"{name} {version}" for name, version in common.items())

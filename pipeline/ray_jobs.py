@@ -35,6 +35,7 @@ PENDING_SECONDS = 300.0  # Ray lets jobs that cannot start wait for ever: chosen
 SLOTS_SECONDS = 120.0  # how long a submitter watches a job that plans: chosen
 # `ray job stop` gives a job that long to let its units finish, instead of three seconds.
 STOP_WAIT_SECONDS = "60"
+UNKNOWN = "UNKNOWN"  # a job that the cluster has never had: another cluster, or restarted
 _CHATTY = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")
 _OVERRIDES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")  # Ray prefers them to what we say
 
@@ -56,7 +57,7 @@ class JobState(NamedTuple):
     @property
     def has_ended(self) -> bool:
         """Whether it will never run again."""
-        return self.status in ("STOPPED", "SUCCEEDED", "FAILED")
+        return self.status in ("STOPPED", "SUCCEEDED", "FAILED", UNKNOWN)
 
 
 def connect(address: str) -> Jobs:
@@ -114,11 +115,13 @@ def submit_command(jobs: Jobs, words: list[str], submission_id: str) -> None:
 
 
 def job_state(jobs: Jobs, submission_id: str) -> JobState | None:
-    """What became of a job; None if the cluster does not know it, or does not answer now."""
+    """What became of a job; None if the cluster does not answer now."""
     try:
         info = jobs.client.get_job_info(submission_id)
-    except (OSError, RuntimeError):
+    except OSError:
         return None
+    except RuntimeError as error:
+        return JobState(UNKNOWN, "", None) if "status code 404" in str(error) else None
     return JobState(str(info.status), info.message or "", info.driver_exit_code)
 
 
