@@ -12,30 +12,25 @@ import itertools
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
 
 from pipeline.errors import ShardError, StoreError
-from pipeline.pack_file import FOLDER, MAX_ROWS, MAX_UNITS, TIME_FORMAT, Packed, PackWriter
-from pipeline.packs import (
-    DamagedPackError,
-    Group,
-    Pack,
-    check_pack,
-    list_packs,
-    publish,
-    read_group,
-    remove_pack,
-    reported,
-    set_pack_aside,
-)
+from pipeline.listing import loose_shards
+from pipeline.pack_file import MAX_ROWS, MAX_UNITS, TIME_FORMAT, Packed, PackWriter
+from pipeline.pack_index import FOLDER
+from pipeline.pack_reading import DamagedPackError, Group, Pack, check_pack, read_group
+from pipeline.packs import list_packs, publish, remove_pack, reported, set_pack_aside
+from pipeline.read_ahead import read_ahead
 from pipeline.shard_file import Quarantined, Shard, ShardName, decode_shard, order, set_aside
-from pipeline.shards import group_of, loose_shards
+from pipeline.shards import group_of
 from pipeline.store import MissingKeyError, Store
 
 MANY = 500  # loose shards worth packing without being asked; chosen
+NUM_AT_ONCE = 8  # deletions: chosen, a bucket answers each in tens of milliseconds
 GARBAGE_AGE = timedelta(hours=24)  # of files without an index: their writer is dead; chosen
 
 _log = logging.getLogger(__name__)
@@ -92,15 +87,10 @@ def compact(store: Store, *, progress: Callable[[int, int], None] | None = None)
     finished = 0
     ordered = sorted(places.items(), key=lambda item: (item[0].spec_key, order(item[0])))
     for packed in _packed(_shards(store, ordered, done)):
-        names = set(itertools.chain.from_iterable(packed.pack.names.values()))
         if not _published(store, packed, done):
             continue
         done.num_packs += 1
-        for name, entry in loose_shards(store, packed.pack.names):
-            # A file that was rewritten since is not the one that was packed.
-            if name in names and entry.stamp == loose.get(name):
-                store.delete(entry.key)
-                done.num_units += 1
+        done.num_units += _delete_packed(store, packed, loose)
         finished += packed.pack.num_units
         if progress is not None:
             progress(finished, len(ordered))
@@ -197,11 +187,22 @@ def _shards(
     done: Compaction,
 ) -> Iterator[Shard]:
     """The units at these places; what is damaged is set aside, what is gone is somebody else's."""
+    loose = (name.key for name, place in places if place is None)
+    with read_ahead(store, loose) as get:
+        yield from _each(store, get, places, done)
+
+
+def _each(
+    store: Store,
+    get: Callable[[str], bytes],
+    places: Sequence[tuple[ShardName, tuple[Pack, int] | None]],
+    done: Compaction,
+) -> Iterator[Shard]:
     latest: tuple[Group, list[Shard]] | None = None
     for name, place in places:
         try:
             if place is None:
-                yield decode_shard(store.get(name.key), key=name.key)
+                yield decode_shard(get(name.key), key=name.key)
                 continue
             number, offset = group_of(place[0], place[1])
             group = read_group(store, place[0], number)
@@ -236,6 +237,20 @@ def _published(store: Store, packed: Packed, done: Compaction) -> bool:
         _set_aside(store, error, done.quarantined)
         return False
     return True
+
+
+def _delete_packed(store: Store, packed: Packed, stamps: dict[ShardName, str]) -> int:
+    """Delete the shards that a pack was made of. Returns how many there were."""
+    names = set(itertools.chain.from_iterable(packed.pack.names.values()))
+    keys = [
+        entry.key
+        for name, entry in loose_shards(store, packed.pack.names)
+        # A file that was rewritten since is not the one that was packed.
+        if name in names and entry.stamp == stamps.get(name)
+    ]
+    with ThreadPoolExecutor(NUM_AT_ONCE) as pool:
+        list(pool.map(store.delete, keys))
+    return len(keys)
 
 
 def _remove_redundant(store: Store, done: Compaction) -> None:

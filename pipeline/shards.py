@@ -7,7 +7,6 @@ shards or set damaged ones aside: what is gone is then looked for again.
 from __future__ import annotations
 
 import bisect
-import itertools
 import logging
 from collections.abc import Callable, Collection, Iterator
 from typing import Literal, NamedTuple
@@ -15,18 +14,10 @@ from typing import Literal, NamedTuple
 import pyarrow as pa
 
 from pipeline.errors import ShardError, StoreError
+from pipeline.listing import Listing, Place, loose_shards, take_listing
 from pipeline.pack_file import joined
-from pipeline.packs import (
-    DamagedPackError,
-    Group,
-    Pack,
-    check_pack,
-    keep_aside,
-    list_packs,
-    read_group,
-    reported,
-    set_pack_aside,
-)
+from pipeline.pack_reading import DamagedPackError, Group, Pack, check_pack, read_group
+from pipeline.packs import keep_aside, list_packs, reported, set_pack_aside
 from pipeline.read_ahead import read_ahead
 from pipeline.schema import MEASUREMENT_SCHEMA, UnitRecord
 from pipeline.shard_file import (
@@ -36,13 +27,12 @@ from pipeline.shard_file import (
     check_shard,
     decode_shard,
     encode_shard,
-    order,
     parse_key,
     set_aside,
     shard_key,
     shard_record,
 )
-from pipeline.store import Entry, MissingKeyError, Store
+from pipeline.store import MissingKeyError, Store
 from pipeline.unit_table import RECORD_SCHEMA, record_table, records_of
 from tasks.block import Block
 
@@ -87,7 +77,7 @@ def list_shards(
     store: Store, spec_keys: Collection[str] | None = None
 ) -> dict[str, list[ShardName]]:
     """Names of all units by spec, sorted by range, from listings and indexes: no result is read."""
-    listing = _listed(store, spec_keys)
+    listing = take_listing(store, spec_keys)
     return {key: names for key in listing.spec_keys() if (names := listing.names(key))}
 
 
@@ -129,7 +119,7 @@ def read_found(
     quarantined: list[Quarantined] | None = None,
 ) -> Iterator[tuple[str, Found]]:
     """The same by spec, for many units at once."""
-    whole = _listed(store, spec_keys, quarantined)
+    whole = take_listing(store, spec_keys, quarantined)
     order_of_reading = (
         name.key for key in whole.spec_keys() for name, place in whole.places(key) if place is None
     )
@@ -140,7 +130,7 @@ def read_found(
 def _each(
     store: Store,
     get: Callable[[str], bytes],
-    whole: _Listing,
+    whole: Listing,
     on_corrupt: OnCorrupt,
     quarantined: list[Quarantined] | None,
 ) -> Iterator[tuple[str, Found]]:
@@ -159,7 +149,7 @@ def _each(
                 item = set_pack_aside(store, error)
                 if item is not None and quarantined is not None:
                     quarantined.append(item)
-            listing = _listed(store, [key], quarantined)
+            listing = take_listing(store, [key], quarantined)
         else:
             raise StoreError(
                 f"the results below {store.uri}/shards/{key} were moved {MAX_LOOKS} times while "
@@ -240,89 +230,10 @@ def quarantine(store: Store, name: ShardName) -> str:
     return set_aside(store, name.key)
 
 
-def loose_shards(
-    store: Store, spec_keys: Collection[str] | None = None
-) -> Iterator[tuple[ShardName, Entry]]:
-    """Units that have a file of their own, with its stamp."""
-    for prefix in _prefixes(spec_keys):
-        for entry in store.entries(prefix):
-            name = parse_key(entry.key)
-            if name is not None:
-                yield name, entry
-
-
-# A pack with the unit's place in it; None for a shard.
-_Place = tuple[Pack, int] | None
-
-
-class _Listing(NamedTuple):
-    """What is where. Packs go before shards, older ones before newer ones."""
-
-    loose: dict[str, list[ShardName]]
-    packs: list[Pack]
-    wanted: Collection[str] | None
-
-    def spec_keys(self) -> list[str]:
-        """Specs that have units."""
-        found = set(self.loose)
-        for pack in self.packs:
-            found.update(
-                pack.index.names
-                if self.wanted is None
-                else (key for key in self.wanted if key in pack.index.names)
-            )
-        return sorted(found)
-
-    def names(self, key: str) -> list[ShardName]:
-        """The units of a spec, each once, in order."""
-        parts = [pack.index.names[key] for pack in self.packs if key in pack.index.names]
-        loose = self.loose.get(key, [])
-        if not parts:
-            return loose
-        if len(parts) == 1 and not loose:
-            return list(parts[0])
-        return sorted({*itertools.chain(*parts), *loose}, key=order)
-
-    def places(self, key: str) -> list[tuple[ShardName, _Place]]:
-        """The same with where they are."""
-        found: dict[ShardName, _Place] = {}
-        for pack in self.packs:
-            start = pack.index.first_place.get(key, 0)
-            for place, name in enumerate(pack.index.names.get(key, ()), start=start):
-                found.setdefault(name, (pack, place))
-        for name in self.loose.get(key, ()):
-            found.setdefault(name, None)
-        return sorted(found.items(), key=lambda item: order(item[0]))
-
-
-def _listed(
-    store: Store,
-    spec_keys: Collection[str] | None,
-    quarantined: list[Quarantined] | None = None,
-) -> _Listing:
-    """Shards first: what is packed meanwhile is then found in its pack."""
-    loose: dict[str, list[ShardName]] = {}
-    for key in itertools.chain.from_iterable(map(store.list, _prefixes(spec_keys))):
-        name = parse_key(key)
-        if name is None:
-            _log.warning("%s is not a shard's name; the file is left alone and not used", key)
-        else:
-            loose.setdefault(name.spec_key, []).append(name)
-    for names in loose.values():
-        names.sort(key=order)
-    return _Listing(
-        loose, list_packs(store, quarantined), None if spec_keys is None else set(spec_keys)
-    )
-
-
-def _prefixes(spec_keys: Collection[str] | None) -> list[str]:
-    return ["shards/"] if spec_keys is None else [f"shards/{k}/" for k in sorted(set(spec_keys))]
-
-
 def _read(
     store: Store,
     get: Callable[[str], bytes],
-    places: list[tuple[ShardName, _Place]],
+    places: list[tuple[ShardName, Place]],
     on_corrupt: OnCorrupt,
     quarantined: list[Quarantined] | None,
 ) -> Found:

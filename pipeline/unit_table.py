@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from pipeline.coverage import missing_blocks
 from pipeline.schema import UNITS_SCHEMA, UnitRecord
+from pipeline.shard_file import ShardName
 from tasks.block import Block
 
 RECORD_SCHEMA = pa.schema([field for field in UNITS_SCHEMA if field.name != "superseded"])
@@ -34,6 +35,17 @@ def record_table(records: Iterable[UnitRecord]) -> pa.Table:
 def records_of(table: pa.Table) -> list[UnitRecord]:
     """The records that ``record_table`` made a table of."""
     return [_record(line) for line in table.to_pylist()]
+
+
+def names_of(records: pa.Table) -> list[ShardName]:
+    """The names of these units."""
+    columns = ("spec_key", "start", "stop", "generation", "draw_start", "draw_stop", "status")
+    return [
+        ShardName(key, start, stop, generation if status == "failed" else None, *draws)
+        for key, start, stop, generation, *draws, status in zip(
+            *(records[name].to_pylist() for name in columns), strict=True
+        )
+    ]
 
 
 def units_table(records: pa.Table) -> pa.Table:

@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import pyarrow as pa
 
-from pipeline.schema import Constants, UnitRecord
+from pipeline.pack_file import GROUP_UNITS, PackWriter
+from pipeline.packs import publish
+from pipeline.schema import MEASUREMENT_SCHEMA, Constants, UnitRecord
 from pipeline.shard_file import ShardName, encode_shard, name_of, shard_key
 from pipeline.store import Store
+from pipeline.unit_table import record_table
 from tasks.block import Block
 from tasks.measurement import Check, Columns, Estimate, Measurement, Row, Subject
 from tasks.outline import Outline
@@ -115,16 +119,70 @@ def fill_with_shards(
         samples = range(place * rows_per_unit, (place + 1) * rows_per_unit)
         values = rng.standard_normal(rows_per_unit).tolist()
         rows = [Row("size", v, sample=s) for s, v in zip(samples, values, strict=True)]
-        record = UnitRecord(
-            spec_key=key, start=samples.start, stop=samples.stop, checkpoint=f"network{spec}",
-            family="mlp", metric="layered", label="", host="machine", device="cpu x86_64",
-            pid=4000 + number % 7, threads=1, batch_size=16, num_rows=rows_per_unit,
-            started_at="2026-01-01T00:00:00.000+00:00", finished_at="2026-01-01T00:01:00.000+00:00",
-            seconds=60.0 + values[0], predicted_seconds=60.0, cpu_seconds=59.0, load_seconds=0.5,
-            self_tested=False, peak_bytes=10**9, versions={"torch": "2", "flatcensus": "0"},
-        )  # fmt: skip
+        record = _record(key, spec, number, samples)
         path = root / shard_key(key, record.block)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encode_shard(rows, record, constants))
         names.append(name_of(record))
     return names
+
+
+def fill_with_packs(
+    store: Store, num_units: int, *, units_per_spec: int = 100, rows_per_unit: int = 16
+) -> None:
+    """The same units as ``fill_with_shards`` gives, in packs and in a fraction of the time."""
+    rng = np.random.default_rng(0)
+    writer = PackWriter()
+    for first in range(0, num_units, GROUP_UNITS):
+        numbers = range(first, min(num_units, first + GROUP_UNITS))
+        values = rng.standard_normal((len(numbers), rows_per_unit))
+        records, keys = [], []
+        for number in numbers:
+            spec, place = divmod(number, units_per_spec)
+            samples = range(place * rows_per_unit, (place + 1) * rows_per_unit)
+            keys.append((f"{spec:024x}", f"network{spec}"))
+            records.append(_record(keys[-1][0], spec, number, samples))
+        writer.add_group(record_table(records), _rows(keys, records, values))
+        if writer.is_full:
+            publish(store, writer.finish())
+            writer = PackWriter()
+    if writer.num_units:
+        publish(store, writer.finish())
+
+
+def _rows(keys: list[tuple[str, str]], records: list[UnitRecord], values: np.ndarray) -> pa.Table:
+    """All rows of these units as one table."""
+    num_rows = values.shape[1]
+    same = {
+        "family": "mlp", "metric": "layered", "label": "", "metric_version": 1,
+        "code_version": "0", "torch_version": "0", "timm_version": "0", "quantity": "size",
+        "status": "ok", "num_iterations": 0, "num_probes": 0, "forward_equivalents": 0.0,
+        "seconds": 0.0,
+    }  # fmt: skip
+    columns: dict[str, object] = {
+        "spec_key": np.repeat([key for key, _ in keys], num_rows),
+        "checkpoint": np.repeat([name for _, name in keys], num_rows),
+        "sample": np.concatenate([np.arange(r.start, r.stop) for r in records]),
+        "value": values.ravel(),
+    }
+    arrays = []
+    for field in MEASUREMENT_SCHEMA:
+        text = pa.types.is_dictionary(field.type)
+        plain = field.type.value_type if text else field.type
+        if field.name in columns:
+            array = pa.array(columns[field.name], type=plain)
+        else:
+            array = pa.repeat(pa.scalar(same.get(field.name), type=plain), values.size)
+        arrays.append(array.dictionary_encode() if text else array)
+    return pa.table(arrays, schema=MEASUREMENT_SCHEMA)
+
+
+def _record(key: str, spec: int, number: int, samples: range) -> UnitRecord:
+    return UnitRecord(
+        spec_key=key, start=samples.start, stop=samples.stop, checkpoint=f"network{spec}",
+        family="mlp", metric="layered", label="", host="machine", device="cpu x86_64",
+        pid=4000 + number % 7, threads=1, batch_size=16, num_rows=len(samples),
+        started_at="2026-01-01T00:00:00.000+00:00", finished_at="2026-01-01T00:01:00.000+00:00",
+        seconds=60.0 + number % 11, predicted_seconds=60.0, cpu_seconds=59.0, load_seconds=0.5,
+        self_tested=False, peak_bytes=10**9, versions={"torch": "2", "flatcensus": "0"},
+    )  # fmt: skip

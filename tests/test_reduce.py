@@ -20,7 +20,7 @@ from synthetic import LAYERS, Layered
 from pipeline.bounds_summary import summarize_bounds
 from pipeline.errors import StoreError
 from pipeline.pack_file import joined
-from pipeline.packs import Group
+from pipeline.pack_reading import Group
 from pipeline.reduce import (
     TABLE_SCHEMAS,
     planned_units,
