@@ -125,6 +125,11 @@ def test_every_command_works_on_a_bucket_as_on_a_directory(
     command("verify", uri)
     assert "nothing is left to do" in command("resume", uri, "--on", "inline").err
 
+    for key in store.list():
+        (path := tmp_path / "copy" / key).parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(store.get(key))
+    assert command("query", tmp_path / "copy", "summary", "--json").records == rows
+
     victim = min(shard_names(store))
     store.put(victim, store.get(victim)[:-100])
     assert "damaged" in said(command("verify", uri, code=3))
@@ -138,7 +143,7 @@ def test_every_command_works_on_a_bucket_as_on_a_directory(
     assert not any(secret in text for secret in (SECRET_KEY, ACCESS_KEY) for text in texts)
 
 
-def test_a_launch_behind_a_faulty_network_ends_with_the_same_tables(
+def test_a_run_behind_a_faulty_network_ends_with_the_same_tables_and_is_compacted(
     proxy: FaultyS3, manifest: Path, undisturbed: Store
 ):
     uri = f"s3://{BUCKET}/faulty"
@@ -148,9 +153,16 @@ def test_a_launch_behind_a_faulty_network_ends_with_the_same_tables(
     }  # fmt: skip
     assert call("launch", manifest, "--run", uri, "--on", "inline").code == 0
     assert sum(proxy.counts.values()) > 20
+    store = open_store(uri)
+    same_tables(store, undisturbed)
+    assert call("compact", uri).code == 0
+    assert store.list("shards/") == []
+    store.delete("tables/summary.parquet")
+    assert call("report", uri).code == 0
+    assert call("verify", uri).code == 0
     proxy.rates = {}
-    same_tables(open_store(uri), undisturbed)
-    assert shard_names(open_store(uri)) == shard_names(undisturbed)
+    same_tables(store, undisturbed)
+    assert shard_names(store) == shard_names(undisturbed)
 
 
 def test_an_outage_stops_a_launch_with_exit_code_4_and_resume_ends_it(
