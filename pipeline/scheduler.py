@@ -112,14 +112,15 @@ class Scheduler:
         self.rests_until: dict[int, float] = {}
         self.lost: Counter[tuple[str, Block]] = Counter()
         self.doubled: set[tuple[str, Block]] = set()  # units that were given to two slots
+        self.over: set[int] = set()  # slots whose unit another slot has done meanwhile
         self.paces: deque[float] = deque(maxlen=NUM_PACES)  # seconds per predicted second
         self.silent: list[str] = []  # subjects that the hub did not answer for, since a commit
         self.num_subjects = 0
 
     @property
     def remaining(self) -> int:
-        """Units known to be to do."""
-        return len(self.queue) + len(self._in_flight())
+        """Units known to be to do, those that run included."""
+        return len(self.queue) + len(self.delayed) + self._num_running
 
     def add(self, groups: Iterable[UnitGroup], ahead: Ahead) -> int:
         """Take units in, except those in flight. Returns how many."""
@@ -141,7 +142,8 @@ class Scheduler:
     def run(self, until: float) -> None:
         """Do units until all have ended, or until the queue is empty while a slot could do more.
 
-        Interrupted, nothing new begins.
+        Interrupted, nothing new begins. A slot whose unit another has done meanwhile is not waited
+        for.
 
         Args:
             until: The time (of ``time.monotonic``) before which only the former counts.
@@ -155,7 +157,7 @@ class Scheduler:
             self._release_delayed()
             if not self.interrupts:
                 self._start_units()
-            if not self.running and (self.interrupts or not (self.queue or self.delayed)):
+            if not self._num_running and (self.interrupts or not (self.queue or self.delayed)):
                 return
             waits = self.interrupts or self.queue or self.delayed or self._all_busy()
             if settled and not waits and time.monotonic() >= until:
@@ -167,6 +169,10 @@ class Scheduler:
             self.on_change()
             if not self.running and not finished:
                 time.sleep(0.1)  # only delayed units are left, or no slot is up
+
+    @property
+    def _num_running(self) -> int:
+        return len(self.running) - len(self.over)
 
     def _in_flight(self) -> list[Task]:
         return [a.task for a in self.running.values()] + [task for _, task in self.delayed]
@@ -235,10 +241,18 @@ class Scheduler:
         task, outcome = finished.task, finished.outcome
         attempt = self.running.pop(finished.slot)
         self._rest(finished.slot, lost=outcome is None)
-        if any(other.unit == attempt.unit for other in self.running.values()):
-            self._settle_first_of_two(attempt, outcome)
-            return
+        others = [slot for slot, other in self.running.items() if other.unit == attempt.unit]
+        is_done = outcome is not None and outcome.status != "failed"
         note = ""
+        if finished.slot in self.over:
+            self.over.discard(finished.slot)
+            self.result.duplicates += is_done
+            return
+        if others and not is_done:
+            self.doubled.discard(attempt.unit)
+            self.observer.ended(task, None, "one of two attempts ended without a result")
+            return
+        self.over.update(others)
         if outcome is None:
             note = self._lost(task)
         elif outcome.status != "failed":
@@ -250,15 +264,6 @@ class Scheduler:
                 raise StoreError(outcome.failure.message, disk_full=outcome.disk_full)
             note = self._failed(task, outcome.failure, outcome.failure_class)
         self.observer.ended(task, outcome, note)
-
-    def _settle_first_of_two(self, attempt: _Attempt, outcome: Outcome | None) -> None:
-        """The first of two attempts at a unit: a result settles it, a failure leaves it open."""
-        if outcome is None or outcome.status == "failed":
-            self.doubled.discard(attempt.unit)
-            self.observer.ended(attempt.task, None, "one of two attempts ended without result")
-        else:
-            self._done(attempt, outcome)
-            self.observer.ended(attempt.task, outcome, "")
 
     def _done(self, attempt: _Attempt, outcome: Outcome) -> None:
         self.silent.clear()
