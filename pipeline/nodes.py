@@ -77,7 +77,7 @@ def require_reach(store: Store, manifest: Manifest) -> None:
         others = f" (and {len(bad) - 1} more of {len(reports)} nodes)" if len(bad) > 1 else ""
         raise ResourceError(f"node {first.host}{others}: {'; '.join(first.problems)}")
     if silent := [report.host for report in reports if report.silent]:
-        _log.warning("no answer within %g s from %s", ANSWER_SECONDS, ", ".join(silent))
+        _log.warning("no answer from %s: work begins without it", ", ".join(silent))
 
 
 @contextlib.contextmanager
@@ -122,9 +122,12 @@ def ask(uri: str = "", key: str = "") -> list[Report]:
             known = _known(node)
             try:
                 answer = json.loads(ray.get(reference))
-            except ray.exceptions.RayError as error:  # its worker did not come up, or died
+            except (ray.exceptions.RayTaskError, ray.exceptions.RuntimeEnvSetupError) as error:
                 why = str(error).strip().splitlines()[-1]
                 reports.append(known._replace(problems=(f"its worker failed: {why}",)))
+                continue
+            except ray.exceptions.RayError:  # it was lost, perhaps before the head has noticed
+                reports.append(known._replace(silent=True))
                 continue
             reports.append(_told(known, answer, began))
     reports += [_known(node)._replace(silent=True) for node in pending.values()]

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 from commands import Answer, call
 from machines import Cluster, Node, bare_python, namespaces, raylets, requires_namespaces
@@ -19,6 +18,7 @@ from processes import flatcensus, kill, wait_for
 
 from pipeline import launches, ray_jobs
 from pipeline.launches import read_launches
+from pipeline.shards import list_shards, read_shards
 from pipeline.store import open_store
 from pipeline.versions import code_version
 
@@ -29,7 +29,7 @@ MEASUREMENTS = """
 metric = "normalized_mls"
 [[measurements]]
 metric = "adaptive_sharpness"
-max_draws = 16
+max_draws = 48
 """
 
 
@@ -80,7 +80,7 @@ def tables(run: Path) -> dict[str, bytes]:
 
 
 def shards(run: Path) -> int:
-    return len(list((run / "shards").rglob("*.parquet")))
+    return sum(len(names) for names in list_shards(open_store(run)).values())
 
 
 def test_a_detached_launch_outlives_the_command_that_submitted_it(
@@ -107,8 +107,8 @@ def test_a_detached_launch_outlives_the_command_that_submitted_it(
     (record,) = read_launches(open_store(run))
     assert (record.state, record.job) == ("done", {"dashboard": inside.dashboard})
     assert record.committed == shards(run)
-    versions = set(pq.read_table(run / "tables/units.parquet")["code_version"].to_pylist())
-    assert versions == {code_version()}
+    made_by = {shard.unit.code_version for shard in read_shards(open_store(run))}
+    assert made_by == {code_version()}
     copy = run / f"launches/{record.id}.log"
     wait_for(lambda: "next: flatcensus query" in copy.read_text(), what="the end of the log")
     assert copy.read_text() == call("logs", run).out
