@@ -1,6 +1,6 @@
 """Random faults during real launches: ``make campaign``.
 
-    python -m tests.campaigns [--faults N | --episodes N] [--minutes M] [--seed S]
+    python -m tests.campaigns [--faults N | --episodes N] [--minutes M] [--seed S] [--flips N]
                               [--place PLACE ...] [--only KIND ...] [--out FILE]
 
 Each episode takes a small run from nothing to its end through the command line, with about ten

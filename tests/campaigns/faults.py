@@ -6,19 +6,19 @@ A function returns what it hit, or None where there was nothing to hit; the call
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import signal
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 from processes import kill
 
 from campaigns.world import NUM_SLOTS, NUM_UNITS, Launch, World, wait_until
+from pipeline.store import MissingKeyError
 
-FULL_SECONDS, PAUSE_SECONDS, CABLE_SECONDS = 90.0, (0.5, 4.0), (5.0, 50.0)
+FULL_SECONDS = 90.0
+PAUSE_SECONDS, CABLE_SECONDS, NETWORK_SECONDS = (0.5, 4.0), (5.0, 50.0), (1.0, 4.0)
 JUMPS = (-400 * 86400, -7200, -60, 60, 7200, 400 * 86400)  # of the wall clock, in seconds
 
 
@@ -36,6 +36,9 @@ class Hit(NamedTuple):
     note: str = ""
 
 
+Act = Callable[[World, Launch, random.Random], Hit | None]
+
+
 class Kind(NamedTuple):
     """A kind of fault: how it is done, where it can be, and how a launch that meets it may end.
 
@@ -46,7 +49,7 @@ class Kind(NamedTuple):
         weight: How often it is drawn; those that take a minute rarely.
     """
 
-    act: Callable[[World, Launch, random.Random], Hit | None]
+    act: Act
     places: frozenset[str]
     codes: frozenset[int] = frozenset()
     weight: float = 1.0
@@ -102,10 +105,21 @@ def out_of_memory(world: World, launch: Launch, rng: random.Random) -> Hit | Non
     return Hit(1)
 
 
+def s3_outage(world: World, launch: Launch, rng: random.Random) -> Hit | None:
+    """The bucket is not there, until the launch has given it up."""
+    assert world.network is not None
+    _allow(world, 4)
+    world.network.rates = {"refuse": 1.0}
+    launch.ended()
+    world.network.rates = {}
+    return Hit(NUM_SLOTS)
+
+
 def disk_full(world: World, launch: Launch, rng: random.Random) -> Hit | None:
     """No space is left in the run folder; freed when the launch has ended."""
     if not world.mounted:
         return None
+    _allow(world, 4)
     filler = world.run / ".filler"
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
         while True:
@@ -152,6 +166,7 @@ def second_launch(world: World, launch: Launch, rng: random.Random) -> Hit | Non
 def compacted(world: World, launch: Launch, rng: random.Random) -> Hit | None:
     """Somebody compacts the run meanwhile."""
     command = world.start("compact", world.uri)
+    command.codes = {0, 3}  # the latter where it meets a damaged shard
     world.beside.append(command)
     return Hit()
 
@@ -201,30 +216,10 @@ def cable_pulled(world: World, launch: Launch, rng: random.Random) -> Hit | None
     return Hit(machine.node.cpus, note=f"{machine.name} for {seconds:.0f} s")
 
 
-INLINE, LOCAL, CLUSTER, CABLES = "inline", "local", "cluster", "cables"
-ANYWHERE = frozenset({INLINE, LOCAL, CLUSTER})
-WORKERS = frozenset({LOCAL, CLUSTER})
-KINDS: dict[str, Kind] = {
-    "child killed": Kind(child_killed, WORKERS),
-    "child stopped": Kind(child_stopped, WORKERS),
-    "slot killed": Kind(slot_killed, WORKERS),
-    "slot paused": Kind(slot_paused, WORKERS),
-    "node killed": Kind(node_killed, frozenset({CLUSTER}), weight=0.5),
-    "head killed": Kind(head_killed, frozenset({CLUSTER}), frozenset({4}), 0.15),
-    "own head killed": Kind(gcs_killed, frozenset({LOCAL}), frozenset({4}), 0.1),
-    "cable pulled": Kind(cable_pulled, frozenset({CABLES})),
-    "driver killed": Kind(driver_killed, ANYWHERE, frozenset({-signal.SIGKILL}), 0.7),
-    "driver paused": Kind(driver_paused, ANYWHERE),
-    "interrupted once": Kind(interrupted_once, ANYWHERE, frozenset({130}), 0.5),
-    "interrupted twice": Kind(interrupted_twice, ANYWHERE, frozenset({130}), 0.5),
-    "out of memory": Kind(out_of_memory, ANYWHERE),
-    "disk full": Kind(disk_full, ANYWHERE, frozenset({4}), 0.5),
-    "shard truncated": Kind(shard_truncated, ANYWHERE),
-    "shard flipped": Kind(shard_flipped, ANYWHERE),
-    "clock jump": Kind(clock_jump, ANYWHERE),
-    "second launch": Kind(second_launch, ANYWHERE, weight=0.4),
-    "compacted": Kind(compacted, ANYWHERE, weight=0.5),
-}
+def _allow(world: World, code: int) -> None:
+    """Commands that run beside the launch may end so too."""
+    for command in world.beside:
+        command.codes = command.codes | {code}
 
 
 def _signalled(
@@ -248,21 +243,63 @@ def _paused(pids: list[int], rng: random.Random) -> Hit | None:
 
 
 def _damaged(world: World, rng: random.Random, change: Callable[[bytes], bytes]) -> Hit | None:
-    """Change a file of results in place, as a failing disk does: it stays the same file."""
-    paths = world.shards()
-    if not paths:
+    keys = world.results()
+    if not keys:
         return None
-    path = rng.choice(paths)
+    key = rng.choice(keys)
     try:
-        _write_in_place(path, change(path.read_bytes()))
-    except FileNotFoundError:  # it was compacted or set aside meanwhile
+        world.spoil(key, change)
+    except (FileNotFoundError, MissingKeyError):  # it was compacted or set aside meanwhile
         return None
-    spoiled = NUM_UNITS if path.parent.name == "packs" else 1
-    return Hit(damaged=spoiled, note=str(path.relative_to(world.run)))
+    return Hit(damaged=NUM_UNITS if key.startswith("packs/") else 1, note=key)
 
 
-def _write_in_place(path: Path, data: bytes) -> None:
-    with path.open("r+b") as file:
-        file.write(data)
-        file.truncate(len(data))
-        os.fsync(file.fileno())
+def _faulty_network(**rates: float) -> Act:
+    """Requests to the bucket fail at these rates for some seconds."""
+
+    def act(world: World, launch: Launch, rng: random.Random) -> Hit | None:
+        assert world.network is not None
+        world.network.rates = {name.removeprefix("status_"): rate for name, rate in rates.items()}
+        wait_until(lambda: not launch.is_running, rng.uniform(*NETWORK_SECONDS))
+        world.network.rates = {}
+        return Hit()
+
+    return act
+
+
+INLINE, LOCAL, CLUSTER, CABLES, BUCKET = "inline", "local", "cluster", "cables", "bucket"
+FOLDERS = frozenset({INLINE, LOCAL, CLUSTER})
+ANYWHERE = FOLDERS | {BUCKET}
+WORKERS = frozenset({LOCAL, CLUSTER})
+BUCKETS = frozenset({BUCKET})
+# The second where the signal arrives when Python has already put its handlers away: shells say
+# 130 of either.
+INTERRUPTED = frozenset({130, -signal.SIGINT})
+KINDS: dict[str, Kind] = {
+    "child killed": Kind(child_killed, WORKERS),
+    "child stopped": Kind(child_stopped, WORKERS),
+    "slot killed": Kind(slot_killed, WORKERS),
+    "slot paused": Kind(slot_paused, WORKERS),
+    "node killed": Kind(node_killed, frozenset({CLUSTER}), weight=0.5),
+    "head killed": Kind(head_killed, frozenset({CLUSTER}), frozenset({4}), 0.15),
+    "own head killed": Kind(gcs_killed, frozenset({LOCAL}), frozenset({4}), 0.1),
+    "cable pulled": Kind(cable_pulled, frozenset({CABLES})),
+    "driver killed": Kind(driver_killed, ANYWHERE, frozenset({-signal.SIGKILL}), 0.7),
+    "driver paused": Kind(driver_paused, ANYWHERE),
+    "interrupted once": Kind(interrupted_once, ANYWHERE, INTERRUPTED, 0.5),
+    "interrupted twice": Kind(interrupted_twice, ANYWHERE, INTERRUPTED, 0.5),
+    "out of memory": Kind(out_of_memory, ANYWHERE),
+    "disk full": Kind(disk_full, FOLDERS, frozenset({4}), 0.5),
+    "shard truncated": Kind(shard_truncated, ANYWHERE),
+    "shard flipped": Kind(shard_flipped, ANYWHERE),
+    "clock jump": Kind(clock_jump, ANYWHERE),
+    "second launch": Kind(second_launch, ANYWHERE, weight=0.4),
+    "compacted": Kind(compacted, ANYWHERE, weight=0.5),
+    "S3 errors": Kind(
+        _faulty_network(status_500=0.15, status_503=0.1, slow_down=0.1, reset=0.1), BUCKETS
+    ),
+    "S3 lost replies": Kind(_faulty_network(lost=0.15, late_500=0.1, conflict=0.1), BUCKETS),
+    "S3 partial transfers": Kind(_faulty_network(upload_cut=0.2, cut=0.2), BUCKETS),
+    "S3 stalls": Kind(_faulty_network(stall=0.1, delay=0.2), BUCKETS),
+    "S3 outage": Kind(s3_outage, BUCKETS, frozenset({4}), 0.4),
+}

@@ -11,17 +11,19 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from faulty_s3 import FaultyS3
 from machines import Cluster, Machine
 from processes import descendants, is_alive, kill, wait_for, workers
 
 from campaigns.measured import ATTEMPTS, OUT_OF_MEMORY, UNIT_SAMPLES
 from campaigns.warm import Process, flatcensus
 from campaigns.workshop import NUM_NETWORKS, Workshop
+from pipeline.store import open_store
 
 NUM_SAMPLES, PAUSE_SECONDS = 96, 0.1
 NUM_UNITS = (NUM_NETWORKS + 1) * NUM_SAMPLES // UNIT_SAMPLES
@@ -102,10 +104,11 @@ class World:
         cluster: Cluster | None = None,
         machine: Machine | None = None,
         uri: str | None = None,
+        network: FaultyS3 | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self.workshop, self.on = workshop, on
-        self.cluster, self.machine = cluster, machine
+        self.cluster, self.machine, self.network = cluster, machine, network
         self.folder = workshop.world
         self.run = self.folder / "run"
         self.uri = uri or str(self.run)
@@ -152,17 +155,19 @@ class World:
         """Start any command."""
         output = self.folder / f"output-{len(list(self.folder.glob('output-*')))}.txt"
         texts = [str(a) for a in arguments]
-        if self.machine is None:
+        if self.machine is None and self.network is None:
             process = flatcensus(
                 texts, output=output, folder=self.folder, environment=self.environment
             )
-        else:
-            program = Path(__file__).with_name("measured.py")
-            with output.open("wb") as file:
-                process = self.machine.popen(
-                    sys.executable, program, *texts, env=self.environment, cwd=self.folder,
-                    stdin=subprocess.DEVNULL, stdout=file, stderr=file,
-                )  # fmt: skip
+            return Launch(process, output)
+        # From a cold start: on another machine, or because a client of S3 survives no fork.
+        program = Path(__file__).with_name("measured.py")
+        popen = self.machine.popen if self.machine else _popen
+        with output.open("wb") as file:
+            process = popen(
+                sys.executable, program, *texts, env=self.environment, cwd=self.folder,
+                stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+            )  # fmt: skip
         return Launch(process, output)
 
     # What can be seen.
@@ -188,10 +193,24 @@ class World:
         """Units that were finished at least once."""
         return len({(a.unit, a.samples) for a in self.attempts() if a.ended is not None})
 
-    def shards(self) -> list[Path]:
-        """Files that hold results."""
-        folders = [self.run / "shards", self.run / "packs"]
-        return sorted(p for folder in folders for p in folder.rglob("[!.]*") if p.is_file())
+    def results(self) -> list[str]:
+        """Keys of what holds results."""
+        store = open_store(self.uri)
+        return [*store.list("shards/"), *store.list("packs/")]
+
+    def spoil(self, key: str, change: Callable[[bytes], bytes]) -> None:
+        """Change an object as a failing disk does, which sets no new time of change."""
+        store = open_store(self.uri)
+        data = change(store.get(key))
+        if self.uri != str(self.run):
+            store.put(key, data)
+            return
+        path = self.run / key
+        before = path.stat()
+        with path.open("r+b") as file:
+            file.write(data)
+            file.truncate(len(data))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
     def family(self) -> Iterator[int]:
         """All processes that work for this world, but the commands themselves."""
@@ -231,6 +250,11 @@ def wait_until(condition: Any, seconds: float) -> bool:
     except AssertionError:
         return False
     return True
+
+
+def _popen(*command: object, **options: Any) -> subprocess.Popen[str]:
+    texts = list(map(str, command))
+    return subprocess.Popen(texts, text=True, start_new_session=True, **options)
 
 
 def _attempt(
