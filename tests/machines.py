@@ -58,6 +58,7 @@ HEALTH_FLAGS = {
     "RAY_health_check_period_ms": "3000",
     "RAY_health_check_timeout_ms": "5000",
     "RAY_health_check_failure_threshold": "3",
+    "RAY_raylet_start_wait_time_s": "90",  # several nodes start at once on few cores
 }
 SILENT = "import ray.scripts.scripts as s; s.main()"
 
