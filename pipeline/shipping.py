@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pipeline
 import tasks
@@ -52,7 +51,7 @@ def settings() -> dict[str, str]:
     """The variables of ``FORWARDED`` that are set here. Raises UsageError for passwords in them."""
     found = {name: os.environ[name] for name in FORWARDED if name in os.environ}
     for name, value in found.items():
-        if "@" in urlsplit(value).netloc:
+        if "@" in value:  # http://user:password@host
             raise UsageError(
                 f"{name} holds a password. It would be shown in the cluster's dashboard: take it "
                 "out here, and set it in the environment of the nodes (before `ray start`)"
