@@ -83,13 +83,16 @@ class LocalStore:
 
     def entries(self, prefix: str = "") -> list[Entry]:
         """See Store."""
-        found = []
+        found, root = [], f"{self.root}/"
         for key in self.list(prefix):
-            path = self.root / key
-            with _explained("look at", path), contextlib.suppress(FileNotFoundError):
-                stat = path.lstat()
-                # Every publication is a new file, so the time's grain cannot hide a rewrite.
-                found.append(Entry(key, stat.st_size, f"{stat.st_mtime_ns}-{stat.st_ino}"))
+            try:
+                stat = os.lstat(root + key)
+            except FileNotFoundError:
+                continue  # removed since
+            except OSError as error:
+                raise _explain("look at", Path(root + key), error) from error
+            # Every publication is a new file, so the time's grain cannot hide a rewrite.
+            found.append(Entry(key, stat.st_size, f"{stat.st_mtime_ns}-{stat.st_ino}"))
         return found
 
     def move(self, key: str, new_key: str) -> bool:
