@@ -1,9 +1,9 @@
-# make demo | test | lint | bench    The first call of any of them makes .venv (a few minutes).
+# make demo | test | lint | bench | campaign    The first call of any of them makes .venv (a few minutes).
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test test-fast lint bench clean
+.PHONY: demo test test-fast lint bench campaign clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,9 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m tests.benchmarks
+
+campaign: $(VENV)/.installed
+	$(BIN)/python -m tests.campaigns --faults 500 --flips 10000
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs/demo
