@@ -173,7 +173,7 @@ def _explained(bucket: Bucket, action: str, key: str, error: Exception, tries: i
         reason = f"the store is full ({_cause(error)}). Free some space"
     elif _may_pass(error):
         reason = (
-            f"no success in {tries} tries, the last: {_cause(error)}. Check the network, "
+            f"no success (attempts: {tries}, the last: {_cause(error)}). Check the network, "
             "AWS_ENDPOINT_URL and the server"
         )
     else:

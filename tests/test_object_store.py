@@ -21,6 +21,7 @@ from faulty_s3 import FaultyS3, faulty_s3
 from s3_servers import (
     ACCESS_KEY,
     BUCKET,
+    CONDITIONAL,
     OVERWRITING,
     SECRET_KEY,
     free_port,
@@ -155,6 +156,29 @@ def test_twelve_writers_behind_a_faulty_network_have_exactly_one_winner_per_key(
         assert store.get(f"race/{key}") == b"%d" % winners[0]
 
 
+@pytest.mark.parametrize("name", CONDITIONAL)
+def test_half_an_upload_is_no_object(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("FLATCENSUS_S3_PATIENCE_SECONDS", "0")
+    data = os.urandom(2**20)
+    with (
+        s3_server(name, tmp_path / name) as address,
+        faulty_s3(address, rates={"upload_cut": 1.0}) as proxy,
+    ):
+        use_s3(monkeypatch, proxy.address)
+        store = open_store(f"s3://{BUCKET}/run")
+        for write in (store.put, store.put_new):
+            with pytest.raises(StoreError, match="attempts: 1,"):
+                write("a", data)
+        assert proxy.counts["upload_cut"] == 2
+        assert store.list() == []
+        proxy.rates = {}
+        assert store.put_new("a", data)
+        proxy.script = ["upload_cut"]
+        with pytest.raises(StoreError):
+            store.put("a", data[::-1])
+        assert store.get("a") == data, "half a replacement replaces nothing"
+
+
 def test_a_server_that_stalls_is_left_for_another_try(
     proxy: FaultyS3, store: Store, monkeypatch: pytest.MonkeyPatch
 ):
@@ -179,7 +203,7 @@ def test_an_outage_ends_with_an_error_that_says_where_and_what_to_do(
         assert f"s3://{BUCKET}/" in message
         assert proxy.address in message
         assert said in message
-        assert re.search(r"no success in \d+ tries", message)
+        assert re.search(r"no success \(attempts: \d+,", message)
         assert "Check the network" in message
         assert caught.value.exit_code == EXIT_ENVIRONMENT
     proxy.rates = {}

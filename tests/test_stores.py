@@ -149,6 +149,27 @@ def test_readers_see_the_old_or_the_new_object_and_nothing_between(store: Store)
     assert seen
 
 
+def test_who_finds_a_new_object_finds_all_of_it(store: Store):
+    size, num_objects, done = 2**21, 10, threading.Event()
+
+    def read() -> set[str]:
+        seen: set[str] = set()
+        while not done.is_set() or len(seen) < num_objects:
+            for key in store.list("shards/"):
+                if key not in seen:
+                    data = store.get(key)
+                    assert data == key[-1:].encode() * size
+                    seen.add(key)
+        return seen
+
+    with ThreadPoolExecutor(2) as pool:
+        readers = [pool.submit(read) for _ in range(2)]
+        for number in range(num_objects):
+            store.put_new(f"shards/{number}", b"%d" % number * size)
+        done.set()
+        assert all(len(reader.result(timeout=60)) == num_objects for reader in readers)
+
+
 def test_list_is_sorted_and_filters_by_any_prefix(store: Store):
     for key in ("b", "a/2", "a/10", "ab/x", "a/c/1"):
         store.put(key, b"")
