@@ -107,7 +107,7 @@ def test_a_detached_launch_outlives_the_command_that_submitted_it(
     (record,) = read_launches(open_store(run))
     assert (record.state, record.job) == ("done", {"dashboard": inside.dashboard})
     assert record.committed == shards(run)
-    made_by = {shard.unit.code_version for shard in read_shards(open_store(run))}
+    made_by = {shard.table["code_version"][0].as_py() for shard in read_shards(open_store(run))}
     assert made_by == {code_version()}
     copy = run / f"launches/{record.id}.log"
     wait_for(lambda: "next: flatcensus query" in copy.read_text(), what="the end of the log")

@@ -162,7 +162,8 @@ def path_patterns() -> list[re.Pattern[str]]:
     words = {
         "spec_key": "[0-9a-f]{24}", "first": "[0-9]+", "stop": "[0-9]+", "draw": "[0-9]+",
         "k": "[0-9]+", "n": "[0-9]+", "name": "[0-9x-]+(?:[.]failed-[0-9]+)?", "x": "[^/]+",
-        "launch": "[0-9T]+-[0-9a-f]{6}", "table": "|".join(TABLE_SCHEMAS), "y": "[^/]+", "svg, png, pdf": "svg|png|pdf",
+        "launch": "[0-9T]+-[0-9a-f]{6}", "table": "|".join(TABLE_SCHEMAS), "y": "[^/]+",
+        "svg, png, pdf": "svg|png|pdf",
     }  # fmt: skip
     patterns = []
     for row in tables(section(README, "The run folder"))[0]:
