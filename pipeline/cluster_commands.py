@@ -58,7 +58,8 @@ def launch_detached(console: Console, run: Run, *, on: str, retry_failed: bool =
     folder = shown(relative(run.store.uri))
     jobs = connect(on)
     for record in read_launches(run.store):
-        if record.job is not None and _lives(record, jobs):
+        begins = record.state in ("submitted", "running")  # an ended one may still write reports
+        if record.job is not None and begins and _lives(record, jobs):
             raise UsageError(
                 f"launch {record.id} of this run {_state(record)} on {record.job['dashboard']}. "
                 f"Follow it with: flatcensus logs {folder} --follow, or end it with: flatcensus "
