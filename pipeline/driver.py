@@ -63,74 +63,106 @@ def launch(
         launch_id: Name of this launch's record; a new one if None.
         on: Where it runs, for the record.
     """
-    result, started = Launch(), time.monotonic()
-    frozen: Resolved | None = None
-    decisions = recall_decisions(store)
-    recalled, num_kept = set(decisions), len(decisions)
-    verified: set[str] = set()
-    executor: Executor | None = None
-    scheduler: Scheduler | None = None
+    started = time.monotonic()
     with (
         _Interrupts() as interrupts,
         LaunchLog(store, launch_id or new_launch_id(), on, on_request=interrupts.request) as log,
     ):
-
-        def report() -> None:
-            assert executor is not None
-            assert scheduler is not None
-            log.update(
-                **{name: getattr(result, name) for name in _COUNTS},
-                num_slots=len(executor.places), remaining=scheduler.remaining,
-            )  # fmt: skip
-
+        driver = _Driver(manifest, store, observer, interrupts, log, resolved, train_only)
         try:
-            while not interrupts:
-                planning = time.monotonic()
-                if resolved is None or resolved.untrained:  # training makes new checkpoints known
-                    resolved = resolve(manifest, store)
-                if resolved is not frozen:
-                    freeze(resolved, manifest, store)
-                    write_specs(resolved.specs, store)
-                    frozen = resolved
-                plan = make_plan(
-                    manifest, store, resolved=resolved, retry_failed=retry_failed,
-                    decisions=decisions,
-                )  # fmt: skip
-                if len(decisions) > num_kept:
-                    keep_decisions(decisions, store)
-                    num_kept = len(decisions)
-                retry_failed = False  # once; what fails again in this launch stays failed
-                groups = [g for g in plan.units.groups if g.spec.kind == "train" or not train_only]
-                if not groups and not (scheduler and scheduler.remaining):
-                    damaged = verify(store, verified)
-                    result.quarantined += damaged
-                    asked_anew = not recalled
-                    for memo in recalled:
-                        del decisions[memo]
-                    recalled = set()
-                    if damaged or not asked_anew:
-                        continue
-                    break
-                if executor is None:
-                    executor = open_executor()
-                    interrupts.listen()  # Ray has put its own handler of SIGTERM in place
-                if scheduler is None:
-                    scheduler = Scheduler(
-                        store, executor, observer, result, interrupts,
-                        max_attempts=manifest.resources.max_attempts, on_change=report,
-                        spread=_spread(store, log.record.id),
-                    )  # fmt: skip
-                if scheduler.add(groups, _ahead(resolved, manifest)):
-                    observer.planned(plan, len(executor.places))
-                took = time.monotonic() - planning
-                scheduler.run(until=time.monotonic() + max(PLAN_SECONDS, PLAN_TIMES * took))
+            driver.go(open_executor, retry_failed=retry_failed)
         finally:
-            if executor is not None:
-                executor.close()
+            if driver.scheduler is not None:
+                driver.scheduler.executor.close()
         log.update(state="interrupted" if interrupts else "done")
-    result.interrupted = bool(interrupts)
-    result.seconds = time.monotonic() - started
-    return result
+    driver.result.interrupted = bool(interrupts)
+    driver.result.seconds = time.monotonic() - started
+    return driver.result
+
+
+class _Driver:
+    """One launch: what it has resolved, decided, verified and done so far."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        store: Store,
+        observer: Observer,
+        interrupts: _Interrupts,
+        log: LaunchLog,
+        resolved: Resolved | None,
+        train_only: bool,
+    ) -> None:
+        self.manifest, self.store, self.observer = manifest, store, observer
+        self.interrupts, self.log, self.train_only = interrupts, log, train_only
+        self.result = Launch()
+        self.scheduler: Scheduler | None = None
+        self.resolved, self.frozen = resolved, False
+        self.decisions = recall_decisions(store)
+        self.recalled, self.num_kept = set(self.decisions), len(self.decisions)
+        self.verified: set[str] = set()
+
+    def go(self, open_executor: Callable[[], Executor], *, retry_failed: bool) -> None:
+        """Plan and do until nothing is left, or until interrupted."""
+        while not self.interrupts:
+            began = time.monotonic()
+            resolved = self._resolve()
+            plan = make_plan(
+                self.manifest, self.store, resolved=resolved, retry_failed=retry_failed,
+                decisions=self.decisions,
+            )  # fmt: skip
+            self._keep_decisions()
+            retry_failed = False  # once; what fails again in this launch stays failed
+            groups = [g for g in plan.units.groups if g.spec.kind == "train" or not self.train_only]
+            if not groups and not (self.scheduler and self.scheduler.remaining):
+                if self._is_complete():
+                    return
+                continue
+            self.scheduler = self.scheduler or self._scheduler(open_executor())
+            if self.scheduler.add(groups, _ahead(resolved, self.manifest)):
+                self.observer.planned(plan, len(self.scheduler.executor.places))
+            now = time.monotonic()
+            self.scheduler.run(until=now + max(PLAN_SECONDS, PLAN_TIMES * (now - began)))
+
+    def _resolve(self) -> Resolved:
+        """The manifest's specs; training makes new checkpoints known."""
+        if self.resolved is None or (self.frozen and self.resolved.untrained):
+            self.resolved, self.frozen = resolve(self.manifest, self.store), False
+        if not self.frozen:
+            freeze(self.resolved, self.manifest, self.store)
+            write_specs(self.resolved.specs, self.store)
+            self.frozen = True
+        return self.resolved
+
+    def _keep_decisions(self) -> None:
+        if len(self.decisions) > self.num_kept:
+            keep_decisions(self.decisions, self.store)
+            self.num_kept = len(self.decisions)
+
+    def _is_complete(self) -> bool:
+        """Whether every shard is sound, and every decision made by this launch."""
+        damaged = verify(self.store, self.verified)
+        self.result.quarantined += damaged
+        asked = not self.recalled
+        for memo in self.recalled:
+            del self.decisions[memo]
+        self.recalled = set()
+        return asked and not damaged
+
+    def _scheduler(self, executor: Executor) -> Scheduler:
+        self.interrupts.listen()  # Ray has put its own handler of SIGTERM in place
+        return Scheduler(
+            self.store, executor, self.observer, self.result, self.interrupts,
+            max_attempts=self.manifest.resources.max_attempts, on_change=self._report,
+            spread=_spread(self.store, self.log.record.id),
+        )  # fmt: skip
+
+    def _report(self) -> None:
+        assert self.scheduler is not None
+        self.log.update(
+            **{name: getattr(self.result, name) for name in _COUNTS},
+            num_slots=len(self.scheduler.executor.places), remaining=self.scheduler.remaining,
+        )  # fmt: skip
 
 
 _COUNTS = ("committed", "failed", "retried", "lost", "duplicates", "speculated")

@@ -13,23 +13,20 @@ so that a thousand slots cost the scheduler what ten do.
 from __future__ import annotations
 
 import logging
-import os
 import pickle
 import queue
-import re
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.entries import ResourceSpec
 from pipeline.errors import ResourceError
-from pipeline.executor import Finished, Place, no_gpu
+from pipeline.executor import Finished, Place
 from pipeline.hub_file import HubFile
 from pipeline.prefetch import Fetcher
-from pipeline.shipping import driver_env
+from pipeline.ray_cluster import alive_nodes, connect, fitting, knock, slots_that_fit
 from pipeline.versions import versions
 
 if TYPE_CHECKING:
@@ -38,7 +35,6 @@ if TYPE_CHECKING:
 
 START_SECONDS = 120.0  # slots of which none is up by then never will be: chosen
 TOGETHER_SECONDS = 2.0  # how long the first slot waits for the others: chosen
-KNOCK_SECONDS = 10.0  # for a cluster's head to accept a connection: chosen
 PING_SECONDS, SILENT_SECONDS = 5.0, 25.0  # together below a cable's 45 s
 AGAIN_SECONDS = (0.5, 10.0)  # first and longest pause before a lost slot is asked again
 LOOK_SECONDS = 5.0  # between two looks at the cluster's nodes
@@ -105,12 +101,14 @@ class RayExecutor:
         self.listened_at = self.head_answered_at = time.monotonic()
         self.head_is_gone = False
         if self.owns_cluster:
-            _connect(address)
+            connect(address)
         try:
             if check is not None:
                 check()
             self.remote = self._actor_class()
-            self._add_slots(slots_that_fit(_nodes(ray), resources, where=address or "this machine"))
+            self._add_slots(
+                slots_that_fit(alive_nodes(ray), resources, where=address or "this machine")
+            )
             threading.Thread(target=self._look, daemon=True).start()
             self._await_first()
         except BaseException:
@@ -308,7 +306,7 @@ class RayExecutor:
             if slot.place is not None and slot.place.node not in alive:
                 finished += self._lose(number, None)
         if self.address is not None:
-            self._add_slots(_fitting(nodes, self.resources))
+            self._add_slots(fitting(nodes, self.resources))
         return finished
 
     def _forgive_own_silence(self) -> None:
@@ -330,77 +328,13 @@ class RayExecutor:
 
     def _look(self) -> None:
         """In a thread, since it may block: which nodes are there, if the head answers?"""
-        head = self.ray.get_runtime_context().gcs_address
+        head = self.address or ""
+        if not head.startswith("ray://"):
+            head = self.ray.get_runtime_context().gcs_address
         while not self.closing.wait(LOOK_SECONDS):
             try:
-                _knock(head)
-                self.events.put(_Event("nodes", -1, 0, _nodes(self.ray)))
+                knock(head)
+                self.events.put(_Event("nodes", -1, 0, alive_nodes(self.ray)))
                 self.head_answered_at = time.monotonic()
-            except OSError as error:
+            except (OSError, RuntimeError, self.ray.exceptions.RayError) as error:
                 _log.warning("the head of the Ray cluster does not answer at %s: %s", head, error)
-
-
-def slots_that_fit(
-    nodes: Iterable[Mapping[str, Any]], resources: ResourceSpec, *, where: str
-) -> int:
-    """Slots for a cluster's nodes, as ``ray.nodes()`` lists them.
-
-    Raises:
-        ResourceError: Not even one fits.
-    """
-    nodes = list(nodes)
-    fits = _fitting(nodes, resources)
-    if fits:
-        return fits
-    cpus, gpus = (
-        max((node["Resources"].get(name, 0.0) for node in nodes), default=0.0)
-        for name in ("CPU", "GPU")
-    )
-    if resources.num_gpus > gpus:
-        raise ResourceError(no_gpu(resources, f"{where} has {gpus:g} GPUs on a node"))
-    raise ResourceError(
-        f"resources.num_cpus = {resources.num_cpus} per slot, but {where} has {cpus:g} CPUs on a "
-        "node. Lower num_cpus in [resources]"
-    )
-
-
-def _fitting(nodes: Iterable[Mapping[str, Any]], resources: ResourceSpec) -> int:
-    """Slots that fit, node by node: a slot does not span two."""
-    fits = 0
-    for node in nodes:
-        here = int(node["Resources"].get("CPU", 0.0) // resources.num_cpus)
-        if resources.num_gpus > 0:
-            here = min(here, int(node["Resources"].get("GPU", 0.0) / resources.num_gpus + 1e-9))
-        fits += here
-    return min(fits, resources.max_slots or fits)
-
-
-def _nodes(ray: Any) -> list[dict[str, Any]]:
-    return [node for node in ray.nodes() if node["Alive"]]
-
-
-def _connect(address: str | None) -> None:
-    import ray
-
-    options: dict[str, Any] = {
-        "logging_level": logging.ERROR, "log_to_driver": False, "ignore_reinit_error": True,
-    }  # fmt: skip
-    if address is None:
-        # "local", or Ray would join a cluster that RAY_ADDRESS or a file in /tmp names.
-        ray.init("local", include_dashboard=False, num_cpus=os.cpu_count(), **options)
-        return
-    try:
-        _knock(address)  # Ray itself would try for two minutes
-        ray.init(address=address, runtime_env=driver_env(), **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ResourceError(
-            f"no Ray cluster answers at {address!r} ({error}). Start one with "
-            "`ray start --head`, or use --on local"
-        ) from error
-
-
-def _knock(address: str) -> None:
-    """Raise OSError if nothing listens at ``[ray://]host:port``; other addresses are Ray's."""
-    match = re.fullmatch(r"(?:ray://)?([^/:]+):([0-9]+)", address)
-    if match:
-        socket.create_connection((match[1], int(match[2])), timeout=KNOCK_SECONDS).close()

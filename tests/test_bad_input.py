@@ -18,7 +18,7 @@ from populations import save_mlp, write_manifest
 
 from pipeline.errors import HubError, ManifestError, ResourceError
 from pipeline.manifest import ResourceSpec
-from pipeline.ray_executor import slots_that_fit
+from pipeline.ray_cluster import slots_that_fit
 from pipeline.run import open_run, start_run
 from pipeline.shards import decode_shard
 
