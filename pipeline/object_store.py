@@ -63,7 +63,7 @@ class ObjectStore:
     @property
     def uri(self) -> str:
         """``s3://bucket/prefix``."""
-        return f"s3://{self._address('')}".rstrip("/")
+        return f"s3://{self.bucket.name}/{self.prefix}".rstrip("/")
 
     def put_new(self, key: str, data: bytes) -> bool:
         """See Store."""
@@ -242,9 +242,6 @@ class ObjectStore:
     def _name(self, key: str) -> str:
         """The object's name in the bucket."""
         return f"{self.prefix}/{validated(key)}".lstrip("/")
-
-    def _address(self, key: str) -> str:
-        return f"{self.bucket.name}/{self.prefix}/{key}".rstrip("/")
 
 
 def _is_plain(name: str) -> bool:

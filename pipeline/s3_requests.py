@@ -177,7 +177,7 @@ def _explained(bucket: Bucket, action: str, key: str, error: Exception, tries: i
             "AWS_ENDPOINT_URL and the server"
         )
     else:
-        reason = f"{_cause(error)}. Check the bucket and AWS_ENDPOINT_URL"
+        reason = f"{_cause(error)}. Check the bucket, AWS_REGION and AWS_ENDPOINT_URL"
     return StoreError(_sentence(bucket, action, key, reason), disk_full=bool(_FULL.search(code)))
 
 
