@@ -166,7 +166,12 @@ while [[ $1 == --* ]]; do
 done
 if [[ $1 == hostname ]]; then cat "$STUBS/$node.address"; exit; fi
 if [[ $1 == ray ]]; then set -- "$@" --temp-dir="$STUBS/$node" --object-store-memory=100000000; fi
-exec $(cat "$STUBS/$node.enter") "$@"
+$(cat "$STUBS/$node.enter") "$@" &
+child=$!  # nsenter, which keeps signals for itself
+trap 'kill -TERM $(cat "/proc/$child/task/$child/children")' TERM
+code=0; wait "$child" || code=$?
+while kill -0 "$child" 2>/dev/null; do code=0; wait "$child" || code=$?; done
+exit "$code"
 """,
 }
 
@@ -193,9 +198,10 @@ def test_the_slurm_script_runs_an_audit_on_two_machines(tmp_path: Path, cut: boo
             (stubs / f"{machine.name}.address").write_text(f"fe80::1 {machine.address}\n")
             (stubs / f"{machine.name}.enter").write_text(" ".join(cluster.entered(machine)))
         first, second = cluster.machines
-        script = first.popen(
-            SLURM, manifest, tmp_path / "run", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env={
+        script = subprocess.Popen(
+            [SLURM, manifest, tmp_path / "run"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, start_new_session=True, env={
+                **os.environ,
                 "SLURM_JOB_NODELIST": f"{first.name} {second.name}", "SLURM_CPUS_PER_TASK": "1",
                 "STUBS": str(stubs), "FLATCENSUS_TOKEN_FOLDER": str(stubs),
                 "PATH": f"{stubs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
