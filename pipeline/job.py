@@ -18,7 +18,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.console import Console
-from pipeline.errors import EXIT_UNEXPECTED, FlatcensusError, ResourceError, StoreError
+from pipeline.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_UNEXPECTED,
+    FlatcensusError,
+    ResourceError,
+    StoreError,
+)
 from pipeline.launches import FOLDER, read_launch, write_launch
 from pipeline.launching import launch_run
 from pipeline.store import Store, open_store
@@ -40,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with LogCopy(store, given.launch, console):
         try:
             return _launch(console, store, given)
+        except KeyboardInterrupt:
+            console.error("stopped at once; what was committed stands")
+            return EXIT_INTERRUPTED
         except FlatcensusError as error:
             console.error(str(error))
             _tell(store, given.launch, str(error), console)
@@ -67,7 +76,7 @@ class LogCopy:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.thread.is_alive():
+        if self.thread.ident is not None:
             self.ended.set()
             self.thread.join()
             self._copy()
