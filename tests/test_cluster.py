@@ -260,6 +260,9 @@ def test_addresses_where_no_cluster_is_are_told_soon(
             answer = launched(on)
             assert (answer.code, "8265" in answer.err) == (4, True), (on, answer.err)
             assert time.monotonic() - began < 20, on
+    doctor = call("doctor", "--on", "http://127.0.0.1:1", "--json")
+    assert doctor.code == 4
+    assert [r["check"] for r in doctor.records if r["state"] == "fail"] == ["jobs"]
     for on in ("local", "inline", "ray://127.0.0.1:10001", "ftp://head:21"):
         assert (launched(on).code, "http://head:8265" in launched(on).err) == (2, True), on
     assert call("launch", manifest, "--on", "http://127.0.0.1:8265").code == 2  # attached
