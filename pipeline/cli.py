@@ -310,8 +310,12 @@ def doctor(
     console.table(findings)
     bad = findings[findings["state"] == "fail"]
     if bad.empty:
-        place = "" if on == "local" else f" --on {shown(on)}"
-        console.next_step(f"flatcensus demo{place}", "a first run, from training to report")
+        if on in ("local", "inline"):
+            place = "" if on == "local" else f" --on {on}"
+            console.next_step(f"flatcensus demo{place}", "a first run, from training to report")
+        else:
+            detached = f"flatcensus launch MANIFEST --run RUN --on {shown(on)} --detach"
+            console.next_step(detached, "submit a run; RUN is a place that all nodes reach")
         return EXIT_OK
     if on != "inline":
         console.next_step("flatcensus doctor --on inline", "does this machine work without Ray?")

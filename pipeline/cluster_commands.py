@@ -209,7 +209,7 @@ def _sentence(record: LaunchRecord) -> str:
         age = duration(record.silent_seconds)
         late = "" if is_running(record) else ": it will not start any more"
         return f"{where} was submitted {age} ago and has not begun{late}"
-    reason = f" ({record.message})" if record.message else ""
+    reason = f" ({record.message.splitlines()[0]})" if record.message else ""
     return f"{where} {_state(record)}{reason}: {counts}, {record.failed} failed"
 
 

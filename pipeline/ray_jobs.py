@@ -183,7 +183,8 @@ def log_end(log: str | None) -> str:
             "there is no `python` on its PATH. Start Ray on the nodes from the activated "
             "environment that has flatcensus's dependencies"
         )
-    return "\n".join(lines[-20:])
+    named = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return named[-1] if named else "\n".join(lines[-20:])
 
 
 def _dashboard(address: str) -> str:
