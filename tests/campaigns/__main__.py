@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,11 +31,17 @@ if __name__ == "__main__":
     from campaigns.workshop import prepare
 
     folder = Path(tempfile.mkdtemp(prefix="fc-", dir="/tmp"))  # short: Ray's sockets are below it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    process = None
     try:
         environment = prepare(folder)
         environment["FLATCENSUS_CAMPAIGN_FROM"] = os.getcwd()
         command = [sys.executable, "-m", "campaigns", *sys.argv[1:]]
-        code = subprocess.call(command, env=environment, cwd=folder)
+        process = subprocess.Popen(command, env=environment, cwd=folder)
+        code = process.wait()
     finally:
+        if process is not None and process.poll() is None:
+            process.terminate()  # it has clusters to end
+            process.wait()
         shutil.rmtree(folder, ignore_errors=True)
     sys.exit(code)

@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -72,6 +73,7 @@ class Places:
 
 def main() -> int:
     """Run a campaign."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     options = _options()
     silent = _flip(options.flips, options.seed)
     episodes: list[Episode] = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,8 +17,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-# What any command would load.
-import ray  # noqa: F401
+# What any command would load, but Ray: it reads the cluster's token when it is loaded.
 import sklearn.datasets  # noqa: F401
 import timm  # noqa: F401
 
@@ -64,6 +64,7 @@ def flatcensus(
         return Process(pid)
     try:
         os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         written = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(written, 1)
