@@ -364,7 +364,8 @@ def bare_python(folder: Path) -> str:
 def _running(cluster: Cluster, nodes: tuple[Node, ...]) -> Iterator[Cluster]:
     try:
         for index, node in enumerate(nodes):
-            cluster.add(node, wait=index == 0)
+            # Raylets that begin at one moment at one address may wait for each other for ever.
+            cluster.add(node, wait=index == 0 or not isinstance(cluster, NamespaceCluster))
         cluster.wait_for_nodes(sum(node.ray for node in nodes))
         yield cluster
     finally:

@@ -184,8 +184,9 @@ def head_killed(world: World, launch: Launch, rng: random.Random) -> Hit | None:
     launch.ended()
     for machine in cluster.machines:  # their raylets have ended with it
         machine.kill()
+    for number, machine in enumerate(cluster.machines, start=1):
         machine.start()
-    cluster.wait_for_nodes(len(cluster.machines))
+        cluster.wait_for_nodes(number)
     return Hit(NUM_SLOTS)
 
 
