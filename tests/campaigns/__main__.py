@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -28,10 +27,10 @@ if __name__ == "__main__":
         sys.exit(main())
     # Once more from a copy of the sources, with an environment that all processes share.
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    from campaigns.workshop import prepare
+    from campaigns.workshop import end_orderly, prepare
 
     folder = Path(tempfile.mkdtemp(prefix="fc-", dir="/tmp"))  # short: Ray's sockets are below it
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    end_orderly()
     process = None
     try:
         environment = prepare(folder)

@@ -6,7 +6,6 @@ import argparse
 import logging
 import os
 import random
-import signal
 import sys
 import tempfile
 import time
@@ -21,7 +20,7 @@ from s3_servers import s3_environment, s3_server
 from campaigns import compare, flips, report
 from campaigns.episodes import Episode, run_episode
 from campaigns.faults import BUCKET, CABLES, CLUSTER, INLINE, KINDS, LOCAL
-from campaigns.workshop import Workshop
+from campaigns.workshop import Workshop, end_orderly
 from campaigns.world import NUM_SLOTS, World
 
 SHARES = {INLINE: 6, LOCAL: 6, CLUSTER: 5, BUCKET: 4, CABLES: 1}  # of the episodes: chosen
@@ -74,7 +73,7 @@ class Places:
 
 def main() -> int:
     """Run a campaign."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    end_orderly()
     options = _options()
     silent = _flip(options.flips, options.seed)
     episodes: list[Episode] = []
