@@ -147,7 +147,10 @@ def shard_flipped(world: World, launch: Launch, rng: random.Random) -> Hit | Non
 
 
 def clock_jump(world: World, launch: Launch, rng: random.Random) -> Hit | None:
-    """The wall clock of all processes jumps, by a minute or by a year."""
+    """The wall clock of all processes jumps, by a minute or by a year.
+
+    Not under Ray: its waits end at times of the kernel's clock, which knows nothing of this.
+    """
     if not world.workshop.has_wrong_clock:
         return None
     seconds = rng.choice(JUMPS)
@@ -293,7 +296,7 @@ KINDS: dict[str, Kind] = {
     "disk full": Kind(disk_full, FOLDERS, frozenset({4}), 0.5),
     "shard truncated": Kind(shard_truncated, ANYWHERE),
     "shard flipped": Kind(shard_flipped, ANYWHERE),
-    "clock jump": Kind(clock_jump, ANYWHERE),
+    "clock jump": Kind(clock_jump, frozenset({INLINE, BUCKET})),
     "second launch": Kind(second_launch, ANYWHERE, weight=0.4),
     "compacted": Kind(compacted, ANYWHERE, weight=0.5),
     "S3 errors": Kind(
