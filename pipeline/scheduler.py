@@ -190,8 +190,9 @@ class Scheduler:
         used: Counter[str] = Counter()
         for attempt in self.running.values():
             used[attempt.place.pool] += attempt.task.predicted_bytes or 0
+        late = self._late(now)
         for slot in idle:
-            task = self._next(slot, places[slot], used) or self._slow_one(places[slot])
+            task = self._next(slot, places[slot], used) or self._slow_one(places[slot], late)
             if task is None:
                 continue
             used[places[slot].pool] += task.predicted_bytes or 0
@@ -212,23 +213,26 @@ class Scheduler:
         before = self.subjects.get(slot, "")
         return self.queue.take(before, self.ahead.on(place.node), fits)
 
-    def _slow_one(self, place: Place) -> Task | None:
-        """A unit that another node is far too slow with, once nothing else waits."""
+    def _late(self, now: float) -> list[_Attempt]:
+        """Units that take far too long, latest first; looked for once nothing else waits."""
         if self.queue or self.delayed or len(self.paces) < 3:
-            return None
-        now, pace = time.monotonic(), statistics.median(self.paces)
+            return []
+        pace = statistics.median(self.paces)
         late = [
-            (now - a.started - SLOW_FACTOR * pace * a.task.predicted_seconds, a.task)
-            for a in self.running.values()
-            if a.place.node != place.node and a.unit not in self.doubled
+            (now - a.started - SLOW_FACTOR * pace * a.task.predicted_seconds, slot)
+            for slot, a in self.running.items()
         ]
-        seconds, task = max(late, key=lambda item: item[0], default=(0.0, None))
-        if task is None or seconds < SLOW_SECONDS:
-            return None
-        self.doubled.add((task.spec.key, task.block))
-        self.result.speculated += 1
-        self.observer.ended(task, None, "slow; also given to another slot")
-        return task
+        return [self.running[s] for t, s in sorted(late, reverse=True) if t >= SLOW_SECONDS]
+
+    def _slow_one(self, place: Place, late: Iterable[_Attempt]) -> Task | None:
+        """A late unit of another node that nobody else has been given yet."""
+        for attempt in late:
+            if attempt.place.node != place.node and attempt.unit not in self.doubled:
+                self.doubled.add(attempt.unit)
+                self.result.speculated += 1
+                self.observer.ended(attempt.task, None, "slow; also given to another slot")
+                return attempt.task
+        return None
 
     def _release_delayed(self) -> None:
         now = time.monotonic()
@@ -241,7 +245,11 @@ class Scheduler:
         task, outcome = finished.task, finished.outcome
         attempt = self.running.pop(finished.slot)
         self._rest(finished.slot, lost=outcome is None)
-        others = [slot for slot, other in self.running.items() if other.unit == attempt.unit]
+        others = [
+            slot
+            for slot, other in self.running.items()
+            if attempt.unit in self.doubled and other.unit == attempt.unit
+        ]
         is_done = outcome is not None and outcome.status != "failed"
         note = ""
         if finished.slot in self.over:
