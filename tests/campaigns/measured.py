@@ -1,7 +1,6 @@
 """What a campaign measures: numbers that are known, after a pause, with every attempt written down.
 
-Loaded as a program it is the ``flatcensus`` command with this measurement in its registry. Its
-numbers depend on the weights and the sample alone, so they survive any batch size and any cut.
+Its numbers depend on the weights and the sample alone, so they survive any batch size and any cut.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import hashlib
 import json
 import os
 import resource
-import sys
 import time
 from pathlib import Path
 from typing import ClassVar
@@ -124,11 +122,3 @@ def _folder() -> Path:
 def _now() -> float:
     """Seconds since this machine started: the same for all processes, whatever the clock says."""
     return time.clock_gettime(time.CLOCK_MONOTONIC)
-
-
-if __name__ == "__main__":
-    import campaigns.measured  # noqa: F401  # under the name that workers know it by
-    from pipeline.cli import main
-
-    sys.argv[0] = "flatcensus"
-    main()

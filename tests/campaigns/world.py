@@ -161,7 +161,7 @@ class World:
             )
             return Launch(process, output)
         # From a cold start: on another machine, or because a client of S3 survives no fork.
-        program = Path(__file__).with_name("measured.py")
+        program = Path(__file__).with_name("command.py")
         popen = self.machine.popen if self.machine else _popen
         with output.open("wb") as file:
             process = popen(
