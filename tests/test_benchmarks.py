@@ -16,8 +16,10 @@ from benchmarks import (
     bench_layers,
     bench_mls,
     bench_precision,
+    bench_scale,
     goals,
     networks,
+    simulate,
 )
 
 pytestmark = pytest.mark.slow
@@ -120,6 +122,37 @@ def test_engine_benchmark_measures_both_executors(monkeypatch):
     ]  # fmt: skip
     check_goals(goals.engine_goals(rows), 4)
     assert len(bench_engine.table(rows).columns) == 1 + len(rows)
+
+
+def test_scale_benchmark_plans_launches_reads_kills_and_resumes():
+    rows = bench_scale.run({"inline": (20,)}, {"2 specs": (2, 1, 10, 2)})
+    check(rows)
+    plan, launch = rows
+    assert (plan["part"], plan["units"]) == ("plan", 40)
+    assert (launch["part"], launch["units"]) == ("launch", 20)
+    steps = ("imports", "resolving", "planning", "slots", "first_unit")
+    assert launch["restart"] == pytest.approx(sum(launch[f"restart_{step}"] for step in steps))
+    check_goals(goals.scale_goals(rows), 6)
+    more = {**launch, "units": 200, "launch": 10 * launch["launch"]}
+    assert bench_scale.growth([*rows, more], "launch") == pytest.approx(1.0)
+    assert len(bench_scale.table(rows).columns) == 1 + len(rows)
+
+
+def test_simulated_launches_end_and_lose_what_they_must():
+    plan = simulate.census(20)
+    calm, rough = (
+        simulate.simulate(plan, simulate.Cluster(32, hours_between_losses=hours))
+        for hours in (0.0, 0.05)
+    )
+    assert 0.1 < calm["utilisation"] < 1.5  # of predicted seconds, which the drawn ones are not
+    assert calm["lost_units"] == calm["lost"] == 0
+    assert rough["lost_units"] > 0
+    assert rough["makespan"] > calm["makespan"] > calm["ideal"] * 0.5
+    assert (
+        simulate.simulate(plan, simulate.Cluster(32, hours_between_losses=0.05))["makespan"]
+        == rough["makespan"]
+    ), "the seed decides"
+    assert simulate.table([{"samples": 20, "unit_seconds": 60.0, **calm}]).row_count == 1
 
 
 def test_report_has_every_goal_beside_what_was_measured(checkpoint, tmp_path, monkeypatch, capsys):

@@ -3,9 +3,9 @@
     python -m tests.benchmarks [--run RUN] [--dataset NAME] [--only NAME ...] [--markdown]
 
 Measures three checkpoints of a run folder (first, middle, last by name), or three small networks
-trained on the spot where there is no such run. One thread throughout. Writes ``runs/bench.json``;
-with ``--markdown`` the goals are a Markdown table on stdout. Says which goals are met and fails on
-none of them: times are a matter of the machine.
+trained on the spot where there is no such run. One thread throughout. ``scale`` is only done by
+name. Writes ``runs/bench.json``; with ``--markdown`` the goals are a Markdown table on stdout. Says
+which goals are met and fails on none of them: times are a matter of the machine.
 """
 
 from __future__ import annotations
@@ -41,11 +41,13 @@ from . import (
     bench_layers,
     bench_mls,
     bench_precision,
+    bench_scale,
     goals,
     networks,
 )
 
-NAMES = ("mls", "jacobian", "layers", "adaptive_sharpness", "engine", "cost", "precision")
+USUAL = ("mls", "jacobian", "layers", "adaptive_sharpness", "engine", "cost", "precision")
+NAMES = (*USUAL, "scale")  # which takes most of an hour
 
 
 def main() -> None:
@@ -53,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("--run", type=Path, default=Path("runs/fashion-vits"))
     parser.add_argument("--dataset", help="of the checkpoints; else the run's, else the largest")
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=USUAL)
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--output", type=Path, default=Path("runs/bench.json"))
     arguments = parser.parse_args()
@@ -101,6 +103,7 @@ def _measure(
             goals.sharpness_goals,
         ),
         ("engine", bench_engine.run, bench_engine.table, goals.engine_goals),
+        ("scale", bench_scale.run, bench_scale.table, goals.scale_goals),
         ("cost", bench_cost.run, bench_cost.table, goals.cost_goals),
         (
             "precision",

@@ -173,8 +173,8 @@ def _launched(folder: str, executor: Name, units: int) -> dict[str, Any]:
     row["driver_bytes"] = _peak()
     with _timed(row, "launch_with_nothing_to_do"):
         execute(made, Quiet(), on=executor)
-    with _timed(row, "reduce"):
-        _, tables = made.reduce()
+    with _timed(row, "reduce"):  # unpublished, or it would pack the shards
+        _, tables = made.reduce(publish=False)
     slots = 1 if executor == "inline" else os.cpu_count() or 1
     begun, ended = tables.units["started_at"].min(), tables.units["finished_at"].max()
     working = _seconds(ended) - _seconds(begun)
@@ -187,9 +187,12 @@ def _compacted(folder: str) -> dict[str, Any]:
     from pipeline.compact import compact
 
     row: dict[str, Any] = {}
+    made = open_run(f"{folder}/run")
     with _timed(row, "compact"):
-        compact(open_run(f"{folder}/run").store)
+        compact(made.store)
     row["compact_bytes"] = _peak()
+    with _timed(row, "reduce_and_publish"):
+        made.reduce()
     return row
 
 

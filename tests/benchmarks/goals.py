@@ -169,6 +169,32 @@ def engine_goals(rows: Rows) -> list[Goal]:
     return goals
 
 
+def scale_goals(rows: Rows) -> list[Goal]:
+    """What many units take by themselves, and how that grows."""
+    plans = [row for row in rows if row["part"] == "plan"]
+    launches = [row for row in rows if row["part"] == "launch"]
+    specs = ", ".join(row["specs"] for row in plans)
+    most = f"up to {max(row['units'] for row in launches):,} units"
+
+    def goal(what: str, bound: float, measured: Iterable[float], error: str = most) -> Goal:
+        return Goal("scale", what, "<=", bound, tuple(measured), error, " s")
+
+    before_first = [sum(p[k] for k in ("resolve", "plan", "freeze", "first_unit")) for p in plans]
+    return [
+        goal(f"plan of {plans[0]['units']:,} units of which half are done, to the first unit",
+             30.0, before_first, specs),
+        Goal("scale", "peak memory of that", "<=", 1.5, tuple(p["bytes"] / 1e9 for p in plans),
+             f"{min(p['bytes_at_start'] for p in plans) / 1e9:.2f} GB of it is libraries", " GB"),
+        goal("seconds of a slot per unit beside its measuring", 0.05,
+             (row["overhead_per_unit"] for row in launches)),
+        goal("driver's death to the first unit of the next one, half done", 15.0,
+             (row["restart"] for row in launches)),
+        goal("status, whole command", 2.0, (row["status_after_compact"] for row in launches)),
+        goal("query after compact, whole command", 2.0,
+             (row["query_after_compact"] for row in launches)),
+    ]  # fmt: skip
+
+
 def cost_goals(rows: Rows) -> list[Goal]:
     """Predictions of units of networks that no rate was fitted to."""
     factors = [max(row["ratio"], 1 / row["ratio"]) for row in rows]

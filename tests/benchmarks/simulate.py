@@ -69,7 +69,7 @@ class Cluster:
 
     gpus: int
     gpus_per_node: int = 8
-    dispatch: tuple[float, float] = (1.5e-3, 1.5e-6)
+    dispatch: tuple[float, float] = (1.7e-3, 1.1e-6)
     overhead: float = 0.012
     switch: float = 0.3
     load: tuple[float, float] = (1.0, 2e8)
