@@ -124,7 +124,8 @@ class World:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.run.mkdir(parents=True)
         (self.folder / "campaign.toml").write_text(MANIFEST)
-        if os.geteuid() == 0 and self.uri == str(self.run):
+        # Machines with namespaces of their own do not see what is mounted now.
+        if os.geteuid() == 0 and self.uri == str(self.run) and self.machine is None:
             size = f"size={DISK_BYTES}"
             done = subprocess.run(["mount", "-t", "tmpfs", "-o", size, "campaign", self.run])
             self.mounted = done.returncode == 0
