@@ -34,6 +34,7 @@ from pipeline.specs import (
     spec_key,
 )
 from pipeline.store import Store
+from pipeline.trained import damaged_checkpoints, train_again
 from pipeline.versions import versions
 from tasks.checkpoints import (
     CheckpointError,
@@ -82,10 +83,15 @@ def resolve(manifest: Manifest, store: Store, *, tentative: bool = False) -> Res
     unresolved: list[Unresolved] = []
     untrained: list[TrainedRef] = []
     stored: dict[str | None, str] = {}
-    for entry in manifest.train:
-        spec = _train_spec(entry, datasets)
+    trainings = [_train_spec(entry, datasets) for entry in manifest.train]
+    damaged = damaged_checkpoints(store, [spec.key for spec in trainings])
+    for entry, spec in zip(manifest.train, trainings, strict=True):
         specs.append(spec)
-        if not has_shard(store, spec.key, TRAINING_BLOCK):
+        reason = damaged.get(spec.key)
+        if reason and not (tentative or train_again(store, spec.key, reason)):
+            unresolved.append(Unresolved(entry.name, entry.family, "trained", f"{reason}. {_COPY}"))
+            continue
+        if reason or not has_shard(store, spec.key, TRAINING_BLOCK):
             untrained.append(TrainedRef(entry, spec.key))
             continue
         directory = store.local_folder(checkpoint_folder(spec.key))
@@ -131,6 +137,9 @@ def resolve(manifest: Manifest, store: Store, *, tentative: bool = False) -> Res
                 for entry, fields in settings
             ]
     return Resolved(tuple(specs), tuple(unresolved), tuple(untrained), files | datasets.files)
+
+
+_COPY = "Its training is packed, so bring the file back from a copy, or train in a new run folder"
 
 
 def _check_names(manifest: Manifest, hub_refs: Sequence[CheckpointRef]) -> None:
