@@ -25,6 +25,7 @@ from campaigns.world import NUM_SLOTS, World
 
 SHARES = {INLINE: 6, LOCAL: 6, CLUSTER: 5, BUCKET: 4, CABLES: 1}  # of the episodes: chosen
 STALL_SECONDS, S3_PATIENCE = 3.0, {"FLATCENSUS_S3_PATIENCE_SECONDS": "20"}
+LONG_PAUSE_SECONDS = 1.0
 FAULTS = (8, 12)  # of one episode
 ENDING = 3  # of those, at most so many that end a launch
 
@@ -49,8 +50,13 @@ class Places:
                 self.workshop, on=INLINE, uri=uri, network=network, environment=environment
             )
         cluster = self._cluster(place)
-        machine = cluster.head if place == CABLES else None  # the host is not on their network
-        return World(self.workshop, on=cluster.address, cluster=cluster, machine=machine)
+        if place == CLUSTER:
+            return World(self.workshop, on=cluster.address, cluster=cluster)
+        # The host is not on their network, and a cable is out for longer than the usual units.
+        return World(
+            self.workshop, on=cluster.address, cluster=cluster, machine=cluster.head,
+            pause=LONG_PAUSE_SECONDS,
+        )  # fmt: skip
 
     def _network(self, seed: int) -> FaultyS3:
         if self.network is None:

@@ -37,7 +37,21 @@ class Work(NamedTuple):
     lost: int
 
 
-ALL_ROWS, NO_WORK = Rows(0, 0), Work(0, 0)
+class Consequence(NamedTuple):
+    """What came of one fault.
+
+    Attributes:
+        work: In vain.
+        recovery_seconds: Until a unit was done that began after it; None if there was none.
+        again_seconds: Until the last of the lost units was done; None if none was lost.
+    """
+
+    work: Work = Work(0, 0)
+    recovery_seconds: float | None = None
+    again_seconds: float | None = None
+
+
+ALL_ROWS, NO_WORK, NOTHING = Rows(0, 0), Work(0, 0), Consequence()
 
 
 def tables(world: World) -> dict[str, bytes]:
@@ -79,19 +93,39 @@ def work(attempts: Sequence[Attempt]) -> Work:
     return Work(again, sum(a.ended is None for a in attempts))
 
 
-def work_of_faults(attempts: Sequence[Attempt], moments: Sequence[float]) -> list[Work]:
-    """The same for each fault, by the time of it.
+def consequences(attempts: Sequence[Attempt], moments: Sequence[float]) -> list[Consequence]:
+    """What came of each fault, by the time of it.
 
     A unit is lost to the fault that follows its begin, and repeated because of the one before it.
     """
     repeated, lost = [0.0] * len(moments), [0] * len(moments)
-    for attempt, is_repeated in zip(attempts, _is_repeated(attempts), strict=True):
+    waits = [_first_end(attempts, moment) for moment in moments]
+    again: list[float | None] = [None] * len(moments)
+    for attempt, share in zip(attempts, _is_repeated(attempts), strict=True):
         place = bisect(moments, attempt.began)
+        if share and place:
+            repeated[place - 1] += share
         if attempt.ended is None and moments:
-            lost[min(place, len(moments) - 1)] += 1
-        if is_repeated and place:
-            repeated[place - 1] += is_repeated
-    return [Work(*both) for both in zip(repeated, lost, strict=True)]
+            place = min(place, len(moments) - 1)
+            lost[place] += 1
+            wait = _first_end(attempts, moments[place], of=attempt)
+            again[place] = max((x for x in (again[place], wait) if x is not None), default=None)
+    return [
+        Consequence(Work(*work), *seconds)
+        for *work, seconds in zip(repeated, lost, zip(waits, again, strict=True), strict=True)
+    ]
+
+
+def _first_end(attempts: Sequence[Attempt], at: float, of: Attempt | None = None) -> float | None:
+    """From a moment to the end of the first unit (or of this one) that began after it."""
+    ends = [
+        a.ended
+        for a in attempts
+        if a.ended is not None
+        and a.began > at
+        and (of is None or (a.unit == of.unit and a.samples[0] <= of.samples[0] < a.samples[1]))
+    ]
+    return min(ends) - at if ends else None
 
 
 def _is_repeated(attempts: Sequence[Attempt]) -> list[float]:
@@ -103,12 +137,6 @@ def _is_repeated(attempts: Sequence[Attempt]) -> list[float]:
         shares.append(len(samples & known) / UNIT_SAMPLES)
         known |= samples
     return shares
-
-
-def recovery_seconds(attempts: Sequence[Attempt], at: float) -> float | None:
-    """From a fault to the end of the first unit that began after it; None if there was none."""
-    ends = [a.ended for a in attempts if a.ended is not None and a.began > at]
-    return min(ends) - at if ends else None
 
 
 def _rows(table: bytes | None) -> Counter[tuple[object, ...]]:

@@ -26,8 +26,7 @@ class Fault:
     kind: str
     at: float
     hit: Hit
-    recovery_seconds: float | None = None
-    work: compare.Work = compare.NO_WORK
+    came: compare.Consequence = compare.NOTHING
 
 
 @dataclass
@@ -71,10 +70,9 @@ def run_episode(
         world.workshop.set_clock(0)
         _complete(world, expected, result)
         attempts = world.attempts()
-        works = compare.work_of_faults(attempts, [fault.at for fault in result.faults])
-        for fault, work in zip(result.faults, works, strict=True):
-            fault.recovery_seconds = compare.recovery_seconds(attempts, fault.at)
-            fault.work = work
+        came = compare.consequences(attempts, [fault.at for fault in result.faults])
+        for fault, consequence in zip(result.faults, came, strict=True):
+            fault.came = consequence
         result.launches = len(world.launches)
         result.work = compare.work(attempts)
         result.rows = compare.rows(compare.tables(world), expected)

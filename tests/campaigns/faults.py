@@ -280,7 +280,7 @@ BUCKETS = frozenset({BUCKET})
 # 130 of either.
 INTERRUPTED = frozenset({130, -signal.SIGINT})
 KINDS: dict[str, Kind] = {
-    "child killed": Kind(child_killed, WORKERS),
+    "child killed": Kind(child_killed, WORKERS | {CABLES}, weight=0.5),
     "child stopped": Kind(child_stopped, WORKERS),
     "slot killed": Kind(slot_killed, WORKERS),
     "slot paused": Kind(slot_paused, WORKERS),

@@ -14,7 +14,7 @@ from campaigns.episodes import Episode
 
 HEADS = (
     "fault", "faults", "runs", "rows lost", "rows duplicated", "units lost", "units recomputed",
-    "median recovery (s)", "worst recovery (s)",
+    "median recovery (s)", "worst recovery (s)", "worst until a lost unit was done (s)",
 )  # fmt: skip
 
 
@@ -51,17 +51,20 @@ def markdown(episodes: Sequence[dict[str, Any]]) -> str:
 
 def _line(name: str, pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> list[str]:
     episodes = {(e["place"], e["seed"]): e for e, _ in pairs}.values()
-    waits = [f["recovery_seconds"] for _, f in pairs if f["recovery_seconds"] is not None]
+    came = [f["came"] for _, f in pairs]  # [[recomputed, lost], recovery, again]
+    waits = sorted(seconds for _, seconds, _ in came if seconds is not None)
+    again = [seconds for *_, seconds in came if seconds is not None]
     return [
         name,
         str(len(pairs)),
         str(len(episodes)),
         str(sum(e["rows"][0] for e in episodes)),
         str(sum(e["rows"][1] for e in episodes)),
-        str(sum(f["work"][1] for _, f in pairs)),
-        f"{sum(f['work'][0] for _, f in pairs):g}",
+        str(sum(lost for (_, lost), *_ in came)),
+        f"{sum(recomputed for (recomputed, _), *_ in came):g}",
         f"{statistics.median(waits):.1f}" if waits else "–",
-        f"{max(waits):.1f}" if waits else "–",
+        f"{waits[-1]:.1f}" if waits else "–",
+        f"{max(again):.1f}" if again else "–",
     ]
 
 

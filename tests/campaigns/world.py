@@ -30,11 +30,11 @@ NUM_UNITS = (NUM_NETWORKS + 1) * NUM_SAMPLES // UNIT_SAMPLES
 NUM_SLOTS = 2
 DISK_BYTES = 48 * 2**20
 PATIENCE_SECONDS = 180.0  # for a launch to end by itself: chosen
-MANIFEST = f"""
+MANIFEST = """
 name = "campaign"
 [data]
 name = "digits"
-samples = {NUM_SAMPLES}
+samples = {samples}
 [[train]]
 name = "trained"
 network = "mlp"
@@ -45,14 +45,14 @@ source = "local"
 paths = ["../checkpoints/*"]
 [[measurements]]
 metric = "steady"
-seconds = {PAUSE_SECONDS}
+seconds = {seconds}
 [[correlations]]
 x = "steady"
 y = "double"
 [pair_plot]
 [resources]
 unit_seconds = 1e-9
-max_slots = {NUM_SLOTS}
+max_slots = {slots}
 max_attempts = 50
 hang_seconds = 4.0
 """
@@ -106,8 +106,9 @@ class World:
         uri: str | None = None,
         network: FaultyS3 | None = None,
         environment: Mapping[str, str] | None = None,
+        pause: float = PAUSE_SECONDS,
     ) -> None:
-        self.workshop, self.on = workshop, on
+        self.workshop, self.on, self.pause = workshop, on, pause
         self.cluster, self.machine, self.network = cluster, machine, network
         self.folder = workshop.world
         self.run = self.folder / "run"
@@ -123,7 +124,8 @@ class World:
     def __enter__(self) -> World:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.run.mkdir(parents=True)
-        (self.folder / "campaign.toml").write_text(MANIFEST)
+        text = MANIFEST.format(samples=NUM_SAMPLES, seconds=self.pause, slots=NUM_SLOTS)
+        (self.folder / "campaign.toml").write_text(text)
         # Machines with namespaces of their own do not see what is mounted now.
         if os.geteuid() == 0 and self.uri == str(self.run) and self.machine is None:
             size = f"size={DISK_BYTES}"
