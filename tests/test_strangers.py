@@ -20,6 +20,7 @@ from pipeline.errors import ManifestError, StoreError
 from pipeline.hub_file import HubFile
 from pipeline.lock import Lock, keep, run_lock
 from pipeline.manifest import parse_manifest
+from pipeline.sealed import seal, unseal
 from pipeline.shards import read_shards
 from pipeline.store import open_store
 
@@ -71,7 +72,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 def commands(run: Path) -> dict[str, Answer]:
     """What every command says that is given a run folder alone."""
-    answers = {name: call(name, run) for name in READERS}
+    answers = {name: call(name, run) for name in ("status", "query", "report", "verify", "compact")}
     return answers | {"resume": call("resume", run, "--on", "inline")}
 
 
@@ -80,16 +81,26 @@ def kinds(run: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     for name in files(run):
         top, _, rest = name.partition("/")
-        kind = f"{top}/{Path(rest).name}" if top in ("tables", "checkpoints") else top
+        kind = f"{top}/{Path(rest).name}" if top in ("tables", "checkpoints", "packs") else top
         found.setdefault(kind if rest else name, name)
     return found
 
 
-def test_a_pickle_bomb_in_any_file_of_a_run_is_never_run(run: Path, tmp_path: Path):
+@pytest.mark.parametrize("is_packed", [False, True], ids=["loose", "packed"])
+def test_a_pickle_bomb_in_any_file_of_a_run_is_never_run(
+    run: Path, tmp_path: Path, is_packed: bool
+):
+    if is_packed:
+        assert call("compact", run).code == 0
     sound = Path(shutil.copytree(run, tmp_path / "sound"))
     found = kinds(run)
-    assert {"run.json", "manifest.toml", "resolved.json", "shards", "specs"} <= set(found)
-    assert {"tables/summary.parquet", "checkpoints/model.safetensors"} <= set(found)
+    if is_packed:
+        found = {kind: name for kind, name in found.items() if kind.startswith("packs")}
+        assert len(found) >= 3, "rows, units and index"
+    else:
+        assert {"run.json", "manifest.toml", "resolved.json", "shards", "specs"} <= set(found)
+        assert {"tables/summary.parquet", "checkpoints/model.safetensors"} <= set(found)
+        assert {"tables/memo.json", "launches"} <= set(found)
     for kind, name in found.items():
         shutil.rmtree(run)
         shutil.copytree(sound, run)
@@ -152,7 +163,9 @@ def lead_out(run: Path, outside: Path) -> dict[str, Callable[[], None]]:
 
         return make
 
-    names = ("tables", "figures", "quarantine", "shards", "specs", "checkpoints", "launches")
+    names = (
+        "tables", "figures", "quarantine", "shards", "specs", "checkpoints", "launches", "packs",
+    )  # fmt: skip
     spec = next((run / "shards").iterdir()).name
     return {
         **{name: linked(name, outside) for name in names},
@@ -187,12 +200,12 @@ def test_links_out_of_a_run_folder_are_not_followed_when_writing(
 
 @pytest.mark.parametrize("key", ["../../outside", "/etc", "..", ".hidden", "a/../../b"])
 def test_spec_keys_of_a_forged_run_cannot_leave_it(run: Path, tmp_path: Path, key: str):
-    known = json.loads((run / "resolved.json").read_text())
+    known = unseal((run / "resolved.json").read_bytes())
+    place = known["columns"].index("key")
     for record in known["specs"]:
-        record["key"] = key
-    for item in known["untrained"]:
-        item["spec_key"] = key
-    (run / "resolved.json").write_text(json.dumps(known))
+        assert (run / "shards" / record[place]).is_dir()
+        record[place] = key
+    (run / "resolved.json").write_bytes(seal(known))
     for command in READERS:
         answer = call(command, run)
         assert "unexpected" not in answer.err, answer.err
