@@ -32,7 +32,7 @@ from pipeline.errors import (
     EXIT_OK,
     UsageError,
 )
-from pipeline.launching import launch_run, show_bounds
+from pipeline.launching import launch_run, show_bounds, show_unresolved
 
 app = typer.Typer(
     name="flatcensus",
@@ -164,20 +164,25 @@ def resume(
 @reported
 def status(run: RunArg, as_json: JsonOption = False) -> int:
     """Show what is done, to do and failed. Reads the run folder only."""
+    from pipeline.console import table_of
     from pipeline.labels import counted
     from pipeline.launches import read_launches
-    from pipeline.plan_view import show_unresolved
-    from pipeline.progress import status_table
-    from pipeline.reduce import published_table
-    from pipeline.run import open_run
+    from pipeline.memo import published_table
+    from pipeline.standing import LINE_COLUMNS, standing
+    from pipeline.store import open_store
 
-    console = Console(as_json=as_json)
-    opened = open_run(run)
-    launches = read_launches(opened.store)
-    current = opened.recall()
-    console.table(status_table(current))
-    show_unresolved(console, current)
-    show_bounds(console, run, published_table(opened.store, "bounds"), when=", when last reduced")
+    console, store = Console(as_json=as_json), open_store(run)
+    current = standing(store)
+    if current is None:  # only now, because these take seconds to import
+        from pipeline.progress import plan_standing
+        from pipeline.run import open_run
+
+        current = plan_standing(open_run(run).recall())
+    launches = read_launches(store)
+    console.table(table_of(current.lines(), list(LINE_COLUMNS)))
+    show_unresolved(console, current.unresolved)
+    if (bounds := published_table(store, "bounds")) is not None:
+        show_bounds(console, run, bounds, when=", when last reduced")
     for line in cluster_commands.launch_lines(launches):
         console.say(line)
     running = [record for record in launches if cluster_commands.is_running(record)]
@@ -185,8 +190,8 @@ def status(run: RunArg, as_json: JsonOption = False) -> int:
         console.next_step(f"flatcensus logs {shown(run)} --follow", "watch it")
     elif current.num_failed:
         console.next_step(f"flatcensus query {shown(run)} failures", "why they failed")
-    elif current.units:
-        todo = f"{counted(len(current.units), 'unit')} to do"
+    elif current.num_units:
+        todo = f"{counted(current.num_units, 'unit')} to do"
         resume = cluster_commands.resume_command(run, launches[-1] if launches else None)
         console.next_step(resume, todo)
     else:

@@ -5,7 +5,8 @@ no images, no hub. It is a memory, not an authority: planning and launching alwa
 
 Many specs say the same (one network under ten measurements, ten networks of one architecture), so
 each value is written once, in ``values``, and a spec is a list of its places there: first those of
-``columns``, then those of its ``fields``, whose names are the last of ``columns``.
+``columns``, then those of its ``fields``, whose names are the last of ``columns``. Stages, settings
+and the size of units follow from the rest; they are there for ``pipeline.standing``.
 """
 
 from __future__ import annotations
@@ -16,19 +17,20 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any
 
+from pipeline.cost import seconds_per_index
 from pipeline.entries import DataSpec, Manifest
 from pipeline.errors import StoreError
 from pipeline.hub_file import UNLOCKED
+from pipeline.sealed import FROZEN, seal, unseal
 from pipeline.shards import has_shard
 from pipeline.specs import TRAINING_BLOCK, Resolved, Spec, TrainedRef, Unresolved
 from pipeline.store import Store
+from pipeline.units import unit_size
+from pipeline.versions import code_version
 from tasks.checkpoints import CheckpointRef
 from tasks.outline import LayerOutline, Outline
 
-FROZEN = "resolved.json"
-# The digest of the rest stands before it, so that a flipped bit is no other checkpoint.
-_START, _MIDDLE, _END = b'{"sha256": "', b'", "known": ', b"}\n"
-_DIGITS = 64
+__all__ = ["FROZEN", "freeze", "thaw"]
 
 
 def freeze(resolved: Resolved, manifest: Manifest, store: Store) -> None:
@@ -39,6 +41,7 @@ def freeze(resolved: Resolved, manifest: Manifest, store: Store) -> None:
     writer = _Writer(manifest)
     known = {
         "manifest": _digest(manifest),
+        "code": code_version(),
         "columns": _COLUMNS,
         "specs": [writer.record(spec) for spec in resolved.specs],
         "values": writer.values,
@@ -48,7 +51,7 @@ def freeze(resolved: Resolved, manifest: Manifest, store: Store) -> None:
             for ref in resolved.untrained
         ],
     }
-    store.put(FROZEN, _sealed(json.dumps(known, separators=(",", ":")).encode()))
+    store.put(FROZEN, seal(known))
 
 
 def thaw(manifest: Manifest, store: Store) -> Resolved | None:
@@ -60,27 +63,12 @@ def thaw(manifest: Manifest, store: Store) -> Resolved | None:
     if not store.exists(FROZEN):
         return None
     try:
-        return _thawed(_body(store.get(FROZEN)), manifest, store)
+        return _thawed(unseal(store.get(FROZEN)), manifest, store)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise StoreError(
             f"{store.uri}/{FROZEN} is damaged ({type(error).__name__}: "
             f"{str(error).splitlines()[0]}). Delete it: the next launch or resume writes it again"
         ) from error
-
-
-def _body(data: bytes) -> dict[str, Any]:
-    """What was written, checked; an older flatcensus wrote it without a digest."""
-    if not data.startswith(_START):
-        return json.loads(data)
-    body = data[len(_START) + _DIGITS + len(_MIDDLE) : -len(_END)]
-    if _sealed(body) != data:
-        raise ValueError("its SHA-256 does not match its content")
-    return json.loads(body)
-
-
-def _sealed(body: bytes) -> bytes:
-    digest = hashlib.sha256(body).hexdigest().encode()
-    return b"".join((_START, digest, _MIDDLE, body, _END))
 
 
 def _thawed(known: dict[str, Any], manifest: Manifest, store: Store) -> Resolved | None:
@@ -105,7 +93,8 @@ _SHARED = (
     "kind", "family", "tag", "metric", "label", "data_identity", "available", "num_samples",
     "stored", "ref", "data", "network",
 )  # fmt: skip
-_COLUMNS = (*_OWN, *_SHARED, "measurement", "train", "names of fields")
+_DERIVED = ("stages", "settings", "unit size")
+_COLUMNS = (*_OWN, *_SHARED, "measurement", "train", *_DERIVED, "names of fields")
 
 
 class _Writer:
@@ -117,6 +106,8 @@ class _Writer:
         self.values: list[Any] = []
         self.places: dict[str, int] = {}  # of a value, by its JSON
         self.known: dict[int, int] = {}  # of a value, by the object that it was made of
+        self.derived: dict[tuple[int, ...], list[int]] = {}
+        self.resources = manifest.resources
 
     def record(self, spec: Spec) -> list[Any]:
         return [
@@ -125,6 +116,7 @@ class _Writer:
             *(self.place(getattr(spec, name)) for name in _SHARED),
             None if spec.entry is None else self.measurements[id(spec.entry)],
             None if spec.train is None else self.trainings[id(spec.train)],
+            *self._derived(spec),
             self._place(list(spec.fields)),
             *map(self.place, spec.fields.values()),
         ]
@@ -134,6 +126,19 @@ class _Writer:
         if id(value) not in self.known:
             self.known[id(value)] = self._place(_plain(value))
         return self.known[id(value)]
+
+    def _derived(self, spec: Spec) -> list[int]:
+        """Places of what follows from network, measurement and numbers of images."""
+        alike = id(spec.network), id(spec.entry), id(spec.train), spec.num_samples, spec.available
+        if alike not in self.derived:
+            size = unit_size(spec, seconds_per_index(spec, self.resources), self.resources)
+            stages = [
+                [b.samples.start, b.samples.stop, b.draws.start, b.draws.stop]
+                for b in spec.stages()
+            ]
+            settings = "" if spec.entry is None else spec.entry.measurement.model_dump_json()
+            self.derived[alike] = [self._place(part) for part in (stages, settings, size)]
+        return self.derived[alike]
 
     def _place(self, value: Any) -> int:
         text = json.dumps(value)
@@ -201,6 +206,7 @@ def _as_lists(known: dict[str, Any]) -> dict[str, Any]:
                 *places(record.get(name) for name in _SHARED),
                 record["measurement"],
                 record["train"],
+                *(None for _ in _DERIVED),
                 *places([list(fields), *fields.values()]),
             ]
         )

@@ -10,7 +10,13 @@ from pipeline.durations import duration
 from pipeline.errors import EXIT_FAILED_UNITS, EXIT_INTERRUPTED, EXIT_OK
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pipeline.run import Run
+    from pipeline.specs import Unresolved
+    from pipeline.standing import Absent
+
+MAX_NOTES = 12  # beyond, the notes of single checkpoints are left to --json
 
 
 def launch_run(
@@ -25,7 +31,6 @@ def launch_run(
     """Run what is to do, then reduce and report; say what happened and what to do next."""
     from pipeline.labels import counted
     from pipeline.outputs import headline, write_outputs
-    from pipeline.plan_view import show_unresolved
     from pipeline.run import execute
 
     display = ProgressDisplay(console)
@@ -57,7 +62,7 @@ def launch_run(
         files = write_outputs(run, current, tables)
         _show_results(console, tables, headline(tables), files)
         show_bounds(console, folder, tables.bounds)
-    show_unresolved(console, current)
+    show_unresolved(console, current.unresolved)
     if current.num_failed:
         failures = f"flatcensus query {shown(folder)} failures"
         console.warn(f"{current.num_failed} failed: {failures}")
@@ -83,6 +88,14 @@ def _show_results(console: Console, tables: Any, lines: list[str], files: list[s
     for line in lines:
         console.say(line)
     console.say(f"report: {relative(files[0])}")
+
+
+def show_unresolved(console: Console, unresolved: Sequence[Absent | Unresolved]) -> None:
+    """Warn of checkpoints that cannot be had, each with its reason."""
+    for missing in unresolved[:MAX_NOTES]:
+        console.warn(f"{missing.checkpoint}: {missing.reason}")
+    if len(unresolved) > MAX_NOTES:
+        console.warn(f"and {len(unresolved) - MAX_NOTES} more checkpoints cannot be had")
 
 
 def show_bounds(console: Console, run: str, bounds: Any, *, when: str = "") -> None:

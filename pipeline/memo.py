@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -22,6 +22,9 @@ from pipeline.errors import StoreError
 from pipeline.store import MissingKeyError, Store, open_store
 from pipeline.versions import versions
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 _log = logging.getLogger(__name__)
 
 MEMO = "tables/memo.json"
@@ -29,7 +32,7 @@ _SOURCES = ("manifest.toml", "run.json", "resolved.json")
 _RESULTS = ("shards/", "packs/")
 
 
-def run_tables(folder: str) -> Mapping[str, pa.Table | ds.Dataset]:
+def run_tables(folder: str) -> Mapping[str, ds.Dataset]:
     """The tables of a run for questions: as they were published, or else made again and kept."""
     known = recall(open_store(folder))
     if known is not None:
@@ -44,7 +47,7 @@ def run_tables(folder: str) -> Mapping[str, pa.Table | ds.Dataset]:
         write_tables(tables, run.store)
     except StoreError as error:  # a folder that cannot be written can be asked all the same
         _log.warning("the tables are not kept for the next question: %s", error)
-    return tables.arrow()
+    return {name: ds.dataset(table) for name, table in tables.arrow().items()}
 
 
 def table_key(name: str) -> str:
@@ -64,6 +67,27 @@ def fingerprint(store: Store) -> str | None:
         for entry in store.entries(prefix):
             digest.update(f"{entry.key} {entry.size} {entry.stamp}\n".encode())
     return digest.hexdigest()
+
+
+def published_table(store: Store, name: str) -> pd.DataFrame | None:
+    """A table as it was last published, None if it never was.
+
+    Raises:
+        StoreError: What is there cannot be read.
+    """
+    key = table_key(name)
+    if not store.exists(key):
+        return None
+    try:
+        data, digest = store.get(key), published_digest(store, name)
+        if digest not in (None, _sha256(data)):
+            raise ValueError("its SHA-256 is not that of the table that was published")
+        return pq.read_table(pa.BufferReader(data)).to_pandas()
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise StoreError(
+            f"{store.uri}/{key} cannot be read ({str(error).splitlines()[0]}). "
+            f"Write the tables again with: flatcensus report {store.uri}"
+        ) from error
 
 
 def published_digest(store: Store, name: str) -> str | None:

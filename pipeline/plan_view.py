@@ -6,13 +6,13 @@ from dataclasses import asdict
 
 from pipeline.console import Console
 from pipeline.known_specs import stale_lines
+from pipeline.launching import MAX_NOTES, show_unresolved
 from pipeline.plan import Plan
 from pipeline.plan_summary import CostSummary, cost_lines, family_table, summarize_cost
 from pipeline.progress import numbered_notes, plan_table
 from pipeline.run import Run
 
 MAX_LINES = 40  # of a table by checkpoint; beyond, one by family and measurement
-MAX_NOTES = 12  # beyond, the notes of single checkpoints are left to --json
 
 
 def show_plan(console: Console, run: Run, plan: Plan) -> None:
@@ -39,20 +39,12 @@ def show_plan(console: Console, run: Run, plan: Plan) -> None:
     if plan.units:
         for line in cost_lines(cost):
             console.say(line)
-    show_unresolved(console, plan)
+    show_unresolved(console, plan.unresolved)
     stale = stale_lines(plan, run.store)
     for line in stale[:MAX_NOTES]:
         console.warn(line)
     if len(stale) > MAX_NOTES:
         console.warn(f"and {len(stale) - MAX_NOTES} more stale results, kept and not used")
-
-
-def show_unresolved(console: Console, plan: Plan) -> None:
-    """Warn of checkpoints that cannot be had, each with its reason."""
-    for missing in plan.unresolved[:MAX_NOTES]:
-        console.warn(f"{missing.checkpoint}: {missing.reason}")
-    if len(plan.unresolved) > MAX_NOTES:
-        console.warn(f"and {len(plan.unresolved) - MAX_NOTES} more checkpoints cannot be had")
 
 
 def plan_cost(run: Run, plan: Plan) -> CostSummary:

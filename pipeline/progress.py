@@ -9,6 +9,7 @@ import pandas as pd
 from pipeline.labels import counted
 from pipeline.plan import Plan
 from pipeline.plan_summary import measurement_name
+from pipeline.standing import STATES, Absent, Standing
 from pipeline.units import UnitGroup
 
 
@@ -56,31 +57,14 @@ def numbered_notes(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     ]
 
 
-def status_table(plan: Plan) -> pd.DataFrame:
-    """One line per measurement: how many checkpoints are done, to do, failed."""
-    counts: dict[str, dict[str, int]] = {}
+def plan_standing(plan: Plan) -> Standing:
+    """Where a run stands by its plan."""
+    specs: dict[str, dict[str, int]] = {}
     for item in plan.specs:
-        line = counts.setdefault(
-            measurement_name(item.spec), dict.fromkeys(("done", "todo", "failed"), 0)
-        )
-        line[item.state] += 1
+        states = specs.setdefault(measurement_name(item.spec), dict.fromkeys(STATES, 0))
+        states[item.state] += 1
     units: Counter[str] = Counter()
     for group in plan.units.groups:
         units[measurement_name(group.spec)] += len(group)
-    lines = [
-        {"measurement": name, **line, "waiting": 0, "units_todo": units[name]}
-        for name, line in counts.items()
-    ]
-    if plan.waiting:
-        lines.append(
-            {"measurement": "(after training)", "done": 0, "todo": 0, "failed": 0,
-             "waiting": len(plan.waiting), "units_todo": 0}
-        )  # fmt: skip
-    if plan.unresolved:
-        lines.append(
-            {"measurement": "(checkpoints not to be had)", "done": 0, "todo": 0,
-             "failed": len(plan.unresolved), "waiting": 0, "units_todo": 0}
-        )  # fmt: skip
-    return pd.DataFrame(
-        lines, columns=["measurement", "done", "todo", "failed", "waiting", "units_todo"]
-    )
+    absent = tuple(Absent(item.checkpoint, item.reason) for item in plan.unresolved)
+    return Standing(specs, dict(units), len(plan.waiting), absent, plan.num_failed)

@@ -8,18 +8,14 @@ has its rows, measured or not.
 
 from __future__ import annotations
 
-import hashlib
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.correlate import COLUMNS, correlation_table
 from pipeline.entries import Manifest
-from pipeline.errors import StoreError
 from pipeline.lines import (
     BOUND_TYPES,
     LAYER_TYPES,
@@ -33,7 +29,7 @@ from pipeline.lines import (
     unfinished_lines,
 )
 from pipeline.matrix import matrix_table
-from pipeline.memo import encode_table, forget, published_digest, remember, table_key
+from pipeline.memo import encode_table, forget, remember, table_key
 from pipeline.plan import Plan
 from pipeline.schema import MEASUREMENT_SCHEMA, UNITS_SCHEMA
 from pipeline.shards import NOTHING, Found, Quarantined, read_found
@@ -139,28 +135,6 @@ def write_tables(tables: Tables, store: Store) -> None:
     for name, content in data.items():
         store.put(table_key(name), content)
     remember(store, tables.made_from, data)
-
-
-def published_table(store: Store, name: str) -> pd.DataFrame:
-    """A table as it was last published, empty if it never was.
-
-    Raises:
-        StoreError: What is there cannot be read.
-    """
-    key = table_key(name)
-    if not store.exists(key):
-        return TABLE_SCHEMAS[name].empty_table().to_pandas()
-    try:
-        data, digest = store.get(key), published_digest(store, name)
-        if digest not in (None, hashlib.sha256(data).hexdigest()):
-            raise ValueError("its SHA-256 is not that of the table that was published")
-        table = pq.read_table(io.BytesIO(data))
-        return table.cast(TABLE_SCHEMAS[name]).to_pandas()
-    except (pa.ArrowException, ValueError, OSError) as error:
-        raise StoreError(
-            f"{store.uri}/{key} cannot be read ({str(error).splitlines()[0]}). "
-            f"Write the tables again with: flatcensus report {store.uri}"
-        ) from error
 
 
 # A run folder keeps the manifest as it was launched.

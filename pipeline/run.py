@@ -30,9 +30,10 @@ from pipeline.resolve import resolve
 from pipeline.scheduler import Launch, Observer
 from pipeline.shards import Quarantined
 from pipeline.specs import Resolved
+from pipeline.standing import MANIFEST
 from pipeline.store import Store, open_store
 
-MANIFEST, RUN = "manifest.toml", "run.json"
+RUN = "run.json"
 RUN_VERSION = 1
 # What a launch writes; anything else in a folder means that it is somebody else's.
 CONTENTS = frozenset((

@@ -26,16 +26,17 @@ from pipeline.coverage import missing_blocks
 from pipeline.decisions import DECISIONS, recall_decisions
 from pipeline.device_classes import device_class
 from pipeline.entries import DataSpec, MeasurementEntry
+from pipeline.grid import split
 from pipeline.known_specs import SPEC_FOLDER, stale_lines, write_specs
 from pipeline.manifest import ResourceSpec
 from pipeline.plan import make_plan
-from pipeline.progress import numbered_notes, plan_table, status_table
+from pipeline.progress import numbered_notes, plan_standing, plan_table
 from pipeline.resolve import resolve
 from pipeline.run import Run, execute, start_run
 from pipeline.shards import list_shards, shard_key
 from pipeline.specs import Spec
 from pipeline.tables import stage_columns
-from pipeline.units import Terms, UnitGroup, Units, split, unit_size
+from pipeline.units import Terms, UnitGroup, Units, unit_size
 from tasks.adaptive_sharpness import AdaptiveSharpness
 from tasks.block import Block
 from tasks.outline import outline_architecture
@@ -357,7 +358,7 @@ def test_failed_blocks_are_done_again_only_on_request(tmp_path: Path):
     assert again.units[0].generation == 1, "a second failure needs a name of its own"
     done(run)
     assert run.plan().specs[0].state == "failed"
-    assert list(status_table(run.plan())["failed"]) == [1]
+    assert plan_standing(run.plan()).lines()[0]["failed"] == 1
     execute(run, Quiet(), on="inline", retry_failed=True)
     assert run.plan().specs[0].state == "done"
 

@@ -35,10 +35,11 @@ from rich.table import Table
 
 from pipeline.frozen import freeze, thaw
 from pipeline.plan import make_plan
-from pipeline.progress import status_table
+from pipeline.progress import plan_standing
 from pipeline.resolve import resolve
 from pipeline.run import execute, open_run, start_run
 from pipeline.shards import list_shards
+from pipeline.standing import standing
 from pipeline.store import Store
 
 # Workers of every executor find the measurement of ``many_units`` by its name.
@@ -152,7 +153,10 @@ def _plan_again(folder: str) -> dict[str, Any]:
     found["bytes"] = _peak()
     del resolved, plan
     with _timed(found, "recall"):
-        status_table(make_plan(made.manifest, made.store, resolved=thaw(made.manifest, made.store)))
+        recalled = thaw(made.manifest, made.store)
+        known = plan_standing(make_plan(made.manifest, made.store, resolved=recalled))
+    with _timed(found, "standing"):
+        assert standing(made.store) == known
     return found
 
 

@@ -1,6 +1,6 @@
 """A census on many GPUs: the real plan and the real scheduler on a simulated cluster.
 
-    python -m tests.benchmarks.simulate [--samples N] [--unit-seconds S] [--hours-between-losses H]
+    python -m tests.benchmarks.simulate [--samples N ...] [--unit-seconds S ...] [--gpus N ...]
 
 Nothing of the policy is copied: ``pipeline.scheduler`` hands the units of the manifest's plan to an
 executor whose slots, nodes, hub and store are a discrete-event simulation, on a clock of its own.
@@ -350,12 +350,16 @@ def main() -> None:
     parser.add_argument("--unit-seconds", type=float, nargs="+", default=[60.0])
     parser.add_argument("--gpus", type=int, nargs="+", default=GPUS)
     parser.add_argument("--hours-between-losses", type=float, default=24.0)
+    parser.add_argument("--hub-rate", type=float, default=Cluster.hub_rate)
     arguments = parser.parse_args()
     rows = []
     for samples, unit_seconds in itertools.product(arguments.samples, arguments.unit_seconds):
         plan = census(samples, unit_seconds)
         for gpus in arguments.gpus:
-            cluster = Cluster(gpus, hours_between_losses=arguments.hours_between_losses)
+            cluster = Cluster(
+                gpus, hours_between_losses=arguments.hours_between_losses,
+                hub_rate=arguments.hub_rate, node_rate=min(arguments.hub_rate / 10, 1e12),
+            )  # fmt: skip
             row = simulate(plan, cluster)
             rows.append({"samples": samples, "unit_seconds": unit_seconds, **row})
     Console(width=190).print(table(rows))
