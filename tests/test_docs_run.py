@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = (folder / "fashion-vits.toml").read_text().replace("mlps/*", "../mlps/*")
     (folder / "manifests/fashion-vits.toml").write_text(text)
     launch(folder / "demo.toml", folder / "runs/demo")
+    shutil.copytree(folder / "runs/demo", folder / "loose")
     return folder
+
+
+@pytest.fixture
+def loose(place: Path) -> Path:
+    """The same with the demo's shards as they were: a command of the README packs them."""
+    shutil.rmtree(place / "runs/demo")
+    shutil.copytree(place / "loose", place / "runs/demo")
+    return place
 
 
 @pytest.fixture(scope="module")
@@ -130,23 +140,23 @@ def form(line: str) -> tuple[str, ...]:
     return tuple(re.sub(r"\d+", "0", line).split())
 
 
-def test_snippets_run(place: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    monkeypatch.chdir(place)
+def test_snippets_run(loose: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.chdir(loose)
     snippets = blocks(README, "python")
-    assert len(snippets) == 3
+    assert len(snippets) == 4
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), {})
     printed = capsys.readouterr().out
     assert re.search(r"^mlp2 ", printed, re.M), "the pivot table"
     assert "width" in printed, "the answer of DuckDB"
     assert printed.count(" adaptive_sharpness ") >= 6, "a line per shard: three nets, two looks"
-    loaded = load_checkpoint(describe_local(place / "checkpoints/vit-64"))
+    loaded = load_checkpoint(describe_local(loose / "checkpoints/vit-64"))
     assert (loaded.num_outputs, loaded.data_config["input_size"][-1]) == (10, 64)
 
 
-def test_the_digest_snippet_notices_one_flipped_bit(place: Path, tmp_path: Path, monkeypatch):
+def test_the_digest_snippet_notices_one_flipped_bit(loose: Path, tmp_path: Path, monkeypatch):
     (snippet,) = [s for s in blocks(README, "python") if "sha256" in s]
-    shard = min((place / "runs/demo/shards").rglob("*.parquet"))
+    shard = min((loose / "runs/demo/shards").rglob("*.parquet"))
     data = bytearray(shard.read_bytes())
     data[len(data) // 3] ^= 1
     copy = tmp_path / "runs/demo/shards/key" / shard.name
@@ -162,7 +172,8 @@ def path_patterns() -> list[re.Pattern[str]]:
     words = {
         "spec_key": "[0-9a-f]{24}", "first": "[0-9]+", "stop": "[0-9]+", "draw": "[0-9]+",
         "k": "[0-9]+", "n": "[0-9]+", "name": "[0-9x-]+(?:[.]failed-[0-9]+)?", "x": "[^/]+",
-        "launch": "[0-9T]+-[0-9a-f]{6}", "table": "|".join(TABLE_SCHEMAS), "y": "[^/]+",
+        "launch": "[0-9T]+-[0-9a-f]{6}", "digest": "[0-9a-f]+", "id": "[0-9a-f]+",
+        "time": "[0-9]+", "nonce": "[0-9a-f]+", "rows, units": "rows|units", "file": "[^/]+", "table": "|".join(TABLE_SCHEMAS), "y": "[^/]+",
         "svg, png, pdf": "svg|png|pdf",
     }  # fmt: skip
     patterns = []
@@ -201,7 +212,8 @@ def test_every_file_of_a_run_is_documented_and_every_documented_file_exists(even
     patterns = path_patterns()
     assert [f for f in files if not any(p.fullmatch(f) for p in patterns)] == []
     unused = [p.pattern for p in patterns if not any(p.fullmatch(f) for f in files)]
-    kept = [p for p in unused if "launches/" not in p]  # their logs: a detached launch has them
+    # Logs of detached launches; test_packs has packs.
+    kept = [p for p in unused if "launches/" not in p and "packs/" not in p]
     assert kept == [re.escape("hub.lock.json")], "only a run with hub checkpoints has that"
 
 
