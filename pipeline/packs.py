@@ -96,7 +96,7 @@ def remove_pack(store: Store, pack: Pack) -> None:
 
 def reported(item: Quarantined) -> Quarantined:
     """Log what was set aside."""
-    _log.warning("%s was moved to %s: %s", *item)
+    _log.warning("%s was moved to %s: %s. To do it again: flatcensus resume RUN", *item)
     return item
 
 

@@ -18,15 +18,25 @@ def verify(run: RunArg, as_json: JsonOption = False) -> int:
     console = Console(as_json=as_json)
     store = open_run(run).store
     quarantined = verify_store(store)
-    if quarantined or as_json:
-        records = [item._asdict() for item in quarantined]
+    records = [item._asdict() for item in quarantined]
+    if quarantined and not as_json:
         console.table(table_of(records, ["key", "moved_to", "reason"]))
-    packs = list_packs(store)
-    parts = [counted(sum(1 for _ in loose_shards(store)), "sound shard")]
+    packs, num_shards = list_packs(store), sum(1 for _ in loose_shards(store))
+    num_packed = sum(pack.index.num_units for pack in packs)
+    before = len(store.list("quarantine/")) - len(quarantined)
+    console.data(
+        {
+            "sound_shards": num_shards, "sound_packs": len(packs), "packed_units": num_packed,
+            "damaged": records, "set_aside_before": before,
+        }
+    )  # fmt: skip
+    parts = [counted(num_shards, "sound shard")]
     if packs:
-        units = counted(sum(pack.index.num_units for pack in packs), "unit")
-        parts.append(f"{units} in {counted(len(packs), 'sound pack')}")
-    console.say(", ".join([*parts, f"{len(quarantined)} damaged and set aside"]))
+        parts.append(f"{counted(num_packed, 'unit')} in {counted(len(packs), 'sound pack')}")
+    parts.append(f"{len(quarantined)} damaged and set aside")
+    if before:
+        parts.append(f"{counted(before, 'file')} in quarantine/ from before")
+    console.say(", ".join(parts))
     if quarantined:
         console.next_step(f"flatcensus resume {shown(run)}", "do the lost units again")
     else:

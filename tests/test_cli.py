@@ -228,10 +228,15 @@ def test_verify_reads_every_shard_and_sets_damaged_ones_aside(run: Path, tmp_pat
     victim.write_bytes(victim.read_bytes().replace(b"mlp", b"mlq"))
     answer = call("verify", copied, "--json")
     assert answer.code == 3
-    (record,) = answer.records
+    (counts,) = answer.records
+    (record,) = counts["damaged"]
     assert record["key"] == str(victim.relative_to(copied))
     assert (copied / record["moved_to"]).is_file()
+    assert (counts["sound_shards"], counts["set_aside_before"]) == (5, 0)
     assert answer.next_step == f"flatcensus resume {copied}"
+    again = call("verify", copied)
+    assert again.code == 0
+    assert "5 sound shards, 0 damaged and set aside, 1 file in quarantine/ from before" in again.err
 
 
 @pytest.mark.parametrize("what", ["metrics", "datasets", "networks", "families"])

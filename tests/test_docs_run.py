@@ -173,7 +173,8 @@ def path_patterns() -> list[re.Pattern[str]]:
         "spec_key": "[0-9a-f]{24}", "first": "[0-9]+", "stop": "[0-9]+", "draw": "[0-9]+",
         "k": "[0-9]+", "n": "[0-9]+", "name": "[0-9x-]+(?:[.]failed-[0-9]+)?", "x": "[^/]+",
         "launch": "[0-9T]+-[0-9a-f]{6}", "digest": "[0-9a-f]+", "id": "[0-9a-f]+",
-        "time": "[0-9]+", "nonce": "[0-9a-f]+", "rows, units": "rows|units", "file": "[^/]+", "table": "|".join(TABLE_SCHEMAS), "y": "[^/]+",
+        "time": "[0-9]+", "nonce": "[0-9a-f]+", "rows, units": "rows|units",
+        "file": "[^/]+", "table": "|".join(TABLE_SCHEMAS), "y": "[^/]+",
         "svg, png, pdf": "svg|png|pdf",
     }  # fmt: skip
     patterns = []
