@@ -175,7 +175,9 @@ class Scheduler:
         return len(self.running) - len(self.over)
 
     def _in_flight(self) -> list[Task]:
-        return [a.task for a in self.running.values()] + [task for _, task in self.delayed]
+        # Not what another slot has done meanwhile: nobody waits for it, should it be to do again.
+        running = [a.task for slot, a in self.running.items() if slot not in self.over]
+        return running + [task for _, task in self.delayed]
 
     def _all_busy(self) -> bool:
         return self.executor.places.keys() <= self.running.keys()
@@ -248,7 +250,7 @@ class Scheduler:
         others = [
             slot
             for slot, other in self.running.items()
-            if attempt.unit in self.doubled and other.unit == attempt.unit
+            if attempt.unit in self.doubled and slot not in self.over and other.unit == attempt.unit
         ]
         is_done = outcome is not None and outcome.status != "failed"
         note = ""

@@ -321,3 +321,21 @@ def test_a_launch_beside_another_begins_in_the_middle(run: Run):
     first = {task.spec.key: task.block for _, task in reversed(slots.started)}
     assert any(block.samples.start > 0 for block in first.values())
     assert not make_plan(run.manifest, run.store).units
+
+
+def test_a_unit_is_done_again_while_a_slow_slot_still_has_it(run: Run, groups):
+    slots = Slots(Place("a", "a"), Place("b", "b"))
+    it = scheduler(run, slots)
+    task = next(iter(groups[0]))
+    add(it, [])
+    # Slot 0 is stuck with a unit that slot 1 has committed, and whose shard was damaged since.
+    it.queue.add(task)
+    it._start_units()
+    (slot,) = it.running
+    slots.stuck.add(slot)
+    it.doubled.add((task.spec.key, task.block))
+    it.over.add(slot)
+    number = add(it, groups[:1])
+    assert number == len(groups[0])
+    it.run(until=0.0)
+    assert it.result.committed == number
