@@ -36,8 +36,7 @@ from rich.table import Table
 from pipeline.frozen import freeze, thaw
 from pipeline.plan import make_plan
 from pipeline.progress import plan_standing
-from pipeline.resolve import resolve
-from pipeline.run import execute, open_run, start_run
+from pipeline.run import execute, open_run, prepare, start_run
 from pipeline.shards import list_shards
 from pipeline.standing import standing
 from pipeline.store import Store
@@ -141,7 +140,7 @@ def _plan_again(folder: str) -> dict[str, Any]:
     found: dict[str, Any] = {"bytes_at_start": _peak()}
     made = start_run(Path(folder) / "many.toml", f"{folder}/run")
     with _timed(found, "resolve"):
-        resolved = resolve(made.manifest, made.store)
+        resolved = prepare(made)
     with _timed(found, "plan"):
         plan = make_plan(made.manifest, made.store, resolved=resolved)
         found["units"] = len(plan.units)
