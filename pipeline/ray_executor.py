@@ -336,5 +336,5 @@ class RayExecutor:
                 knock(head)
                 self.events.put(_Event("nodes", -1, 0, alive_nodes(self.ray)))
                 self.head_answered_at = time.monotonic()
-            except (OSError, RuntimeError, self.ray.exceptions.RayError) as error:
+            except Exception as error:  # whatever Ray raises: the thread must not end unheard
                 _log.warning("the head of the Ray cluster does not answer at %s: %s", head, error)
