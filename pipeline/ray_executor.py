@@ -99,9 +99,11 @@ class RayExecutor:
         self.trouble = ""  # why a slot did not come up
         self.closing = threading.Event()
         self.listened_at = self.head_answered_at = time.monotonic()
-        self.head_is_gone = False
         if self.owns_cluster:
             connect(address)
+        self.head = address or ""
+        if not self.head.startswith("ray://"):
+            self.head = ray.get_runtime_context().gcs_address
         try:
             if check is not None:
                 check()
@@ -166,7 +168,7 @@ class RayExecutor:
     def close(self) -> None:
         """Kill the actors, and the cluster if this executor started it."""
         self.closing.set()
-        if not self.head_is_gone:  # or Ray would wait for it
+        if self._head_answers():  # or Ray would wait for it, and end this process after 60 s
             for actor in (*(s.actor for s in self.slots.values()), *self.fetchers.values()):
                 self.ray.kill(actor, no_restart=True)
         if self.owns_cluster:
@@ -320,21 +322,26 @@ class RayExecutor:
     def _require_head(self) -> None:
         silent = time.monotonic() - self.head_answered_at
         if silent > HEAD_SECONDS:
-            self.head_is_gone = True
             raise ResourceError(
                 f"the head of the Ray cluster does not answer since {silent:.0f} s. What is "
                 "committed is safe: start the cluster again, then run the same command"
             )
 
+    def _head_answers(self) -> bool:
+        try:
+            knock(self.head)
+        except OSError:
+            return False
+        return True
+
     def _look(self) -> None:
         """In a thread, since it may block: which nodes are there, if the head answers?"""
-        head = self.address or ""
-        if not head.startswith("ray://"):
-            head = self.ray.get_runtime_context().gcs_address
         while not self.closing.wait(LOOK_SECONDS):
             try:
-                knock(head)
+                knock(self.head)
                 self.events.put(_Event("nodes", -1, 0, alive_nodes(self.ray)))
                 self.head_answered_at = time.monotonic()
             except Exception as error:  # whatever Ray raises: the thread must not end unheard
-                _log.warning("the head of the Ray cluster does not answer at %s: %s", head, error)
+                _log.warning(
+                    "the head of the Ray cluster does not answer at %s: %s", self.head, error
+                )

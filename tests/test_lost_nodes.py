@@ -161,3 +161,16 @@ def test_a_launch_whose_cluster_dies_ends_with_exit_code_4_and_can_be_resumed(
     assert it.record.state == "failed"
     assert not list(it.run.rglob(".tmp-*"))
     assert open_run(str(it.run)).recall().num_failed == 0
+
+
+def test_a_launch_that_ends_while_its_cluster_is_dead_does_not_wait_for_it(tmp_path: Path):
+    with raylets(Node(cpus=1)) as cluster:
+        it = Going(cluster, tmp_path)
+        wait_for(lambda: it.shards() >= 10, what="ten units")
+        for pid in cluster.head.processes("gcs_server"):
+            kill(pid)
+        request_stop(it.store, it.record.id, "drain")
+        began = time.monotonic()
+        assert it.process.wait(timeout=90) == 130, it.messages
+        assert time.monotonic() - began < 40
+    assert it.record.state == "interrupted"
