@@ -39,6 +39,7 @@ PING_SECONDS, SILENT_SECONDS = 5.0, 25.0  # together below a cable's 45 s
 AGAIN_SECONDS = (0.5, 10.0)  # first and longest pause before a lost slot is asked again
 LOOK_SECONDS = 5.0  # between two looks at the cluster's nodes
 HEAD_SECONDS = 40.0  # without an answer of the head; Ray would end this process after 60
+EMPTY_SECONDS = (60.0, 600.0)  # without any slot: when to say so, and when to give up; chosen
 _log = logging.getLogger(__name__)
 
 
@@ -98,7 +99,8 @@ class RayExecutor:
         self.refused = ""  # why a slot was left out
         self.trouble = ""  # why a slot did not come up
         self.closing = threading.Event()
-        self.listened_at = self.head_answered_at = time.monotonic()
+        self.listened_at = self.head_answered_at = self.had_slots_at = time.monotonic()
+        self.has_told = False
         if self.owns_cluster:
             connect(address)
         self.head = address or ""
@@ -149,10 +151,11 @@ class RayExecutor:
         """Attempts that ended; a slot that is lost or silent ends its attempt with outcome None.
 
         Raises:
-            ResourceError: The cluster's head is gone.
+            ResourceError: The cluster's head is gone, or there was no slot for ten minutes.
         """
         self._forgive_own_silence()
         self._require_head()
+        self._require_slots()
         finished = self._look_after_slots()
         deadline = time.monotonic() + (0.0 if finished else timeout)
         while True:
@@ -316,6 +319,7 @@ class RayExecutor:
         slept = time.monotonic() - self.listened_at
         if slept > LOOK_SECONDS:
             self.head_answered_at += slept
+            self.had_slots_at += slept
             for slot in self.slots.values():
                 slot.answered_at += slept
 
@@ -326,6 +330,22 @@ class RayExecutor:
                 f"the head of the Ray cluster does not answer since {silent:.0f} s. What is "
                 "committed is safe: start the cluster again, then run the same command"
             )
+
+    def _require_slots(self) -> None:
+        """Nodes may come back, and a launch waits for them; but not for ever."""
+        if self.places:
+            self.had_slots_at, self.has_told = time.monotonic(), False
+            return
+        told, longest = EMPTY_SECONDS
+        empty = time.monotonic() - self.had_slots_at
+        if empty > longest:
+            raise ResourceError(
+                f"the cluster has had no slot for {empty:.0f} s. What is committed is safe: start "
+                "nodes again (see `ray status`), then run the same command"
+            )
+        if empty > told and not self.has_told:
+            self.has_told = True
+            _log.warning("the cluster has had no slot for %.0f s; waiting for nodes", empty)
 
     def _head_answers(self) -> bool:
         try:

@@ -121,15 +121,6 @@ def check_shard(data: bytes, *, key: str) -> UnitRecord:
     return _checked(data, key)[1]
 
 
-def shard_record(data: bytes) -> UnitRecord | None:
-    """A shard's record from its footer alone, unverified; None if it cannot be read."""
-    try:
-        metadata = pq.read_metadata(pa.BufferReader(data)).metadata or {}
-        return UnitRecord.model_validate_json(metadata[_UNIT.encode()])
-    except (OSError, pa.ArrowException, KeyError, pydantic.ValidationError):
-        return None
-
-
 def shard_key(spec_key: str, block: Block, generation: int | None = None) -> str:
     """Key of a unit's result, or of its failure record of that generation.
 

@@ -30,7 +30,6 @@ from pipeline.shard_file import (
     parse_key,
     set_aside,
     shard_key,
-    shard_record,
 )
 from pipeline.store import MissingKeyError, Store
 from pipeline.unit_table import RECORD_SCHEMA, record_table, records_of
@@ -202,12 +201,11 @@ def verify(store: Store, known: set[str] | None = None) -> list[Quarantined]:
 
 
 def peek_record(store: Store, key: str) -> UnitRecord | None:
-    """A unit's record by the key of its shard, unverified; None if it cannot be read.
-
-    For statistics over many units that no number depends on.
-    """
+    """A unit's record by the key of its shard; None if it is gone or damaged."""
     try:
-        return shard_record(store.get(key))
+        return check_shard(store.get(key), key=key)
+    except ShardError:
+        return None
     except MissingKeyError:
         name = parse_key(key)
     if name is None:

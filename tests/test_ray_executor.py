@@ -11,6 +11,7 @@ import pytest
 from populations import save_mlp, write_manifest
 
 from pipeline.entries import ResourceSpec
+from pipeline.errors import ResourceError
 from pipeline.plan import make_plan
 from pipeline.ray_executor import RayExecutor
 from pipeline.run import start_run
@@ -62,6 +63,25 @@ def test_units_run_on_all_slots_at_once_and_each_answers_once(
     assert {item.slot for item in finished} == set(executor.places)
     assert [item.outcome.status for item in finished if item.outcome] == ["committed"] * 4
     assert len(list((tmp_path / "run/shards").rglob("*.parquet"))) == 4
+
+
+def test_a_cluster_without_slots_is_waited_for_but_not_for_ever(
+    executor: RayExecutor, caplog: pytest.LogCaptureFixture
+):
+    places = {number: slot.place for number, slot in executor.slots.items()}
+    try:
+        for slot in executor.slots.values():
+            slot.place = None
+        executor.had_slots_at -= 100.0
+        executor.wait(0.0)
+        assert "the cluster has had no slot for 100 s; waiting for nodes" in caplog.text
+        executor.had_slots_at -= 600.0
+        with pytest.raises(ResourceError, match="no slot for 700 s.*then run the same command"):
+            executor.wait(0.0)
+    finally:
+        for number, place in places.items():
+            executor.slots[number].place = place
+    executor.wait(0.0)
 
 
 def test_the_memory_of_a_machine_is_known():
