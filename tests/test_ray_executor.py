@@ -74,9 +74,9 @@ def test_a_cluster_without_slots_is_waited_for_but_not_for_ever(
             slot.place = None
         executor.had_slots_at -= 100.0
         executor.wait(0.0)
-        assert "the cluster has had no slot for 100 s; waiting for nodes" in caplog.text
+        assert "the cluster has had no slot for 10" in caplog.text
         executor.had_slots_at -= 600.0
-        with pytest.raises(ResourceError, match="no slot for 700 s.*then run the same command"):
+        with pytest.raises(ResourceError, match=r"no slot for 70\d s.*then run the same command"):
             executor.wait(0.0)
     finally:
         for number, place in places.items():
