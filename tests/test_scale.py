@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from many_units import many_units
+from many_units import Tiny, many_units
 from populations import Quiet
 
 from pipeline import coverage, units
@@ -18,6 +18,12 @@ from pipeline.plan import make_plan
 from pipeline.run import Run, execute, open_run
 from pipeline.unit_queue import UnitQueue
 from tasks.block import Block
+from tasks.registry import METRICS
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METRICS, "tiny", Tiny)
 
 
 class Counted:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from many_units import many_units, pretend_done
+from many_units import many_units, pretend_done, register
 from populations import Quiet
 from rich.table import Table
 
@@ -39,7 +39,7 @@ from pipeline.progress import plan_standing
 from pipeline.run import execute, open_run, prepare, start_run
 from pipeline.shards import list_shards
 from pipeline.standing import standing
-from pipeline.store import Store
+from pipeline.store import Store, open_store
 
 # Workers of every executor find the measurement of ``many_units`` by its name.
 _TESTS = str(Path(__file__).parents[1])
@@ -118,7 +118,13 @@ def _apart(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str
     """Call a function in a process of its own."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(function, *arguments).result()
+        return pool.submit(_knowing, function, *arguments).result()
+
+
+def _knowing(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """Call a function where the measurement is known."""
+    register()
+    return function(*arguments)
 
 
 def _planned(name: str, checkpoints: int, measurements: int, samples: int, draws: int) -> dict:
@@ -226,7 +232,7 @@ def _read(folder: Path, when: str) -> dict[str, Any]:
 
 def _killed_and_resumed(folder: Path, executor: Name) -> dict[str, Any]:
     """Seconds from a driver's death to the first unit of the next one, by step; half is done."""
-    store = open_run(str(folder / "run")).store
+    store = open_store(folder / "run")
     for names in list_shards(store).values():
         for name in names[::2]:
             store.delete(name.key)

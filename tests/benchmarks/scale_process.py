@@ -24,7 +24,9 @@ def main() -> None:
 
         command, folder, *_ = arguments
         if command == "query" and not (Path(folder) / "tables/memo.json").exists():
-            import many_units  # noqa: F401  # the query reduces
+            from many_units import register
+
+            register()  # the query reduces
 
         sys.argv[1:] = arguments
         app()
@@ -32,12 +34,13 @@ def main() -> None:
 
 
 def _launch(manifest: str, folder: str, executor: str) -> None:
-    import many_units  # noqa: F401
+    from many_units import register
 
     from pipeline.driver import launch
     from pipeline.run import executor_opener, prepare, start_run
 
     _mark("imports")
+    register()
     run = start_run(Path(manifest), folder)
     resolved = prepare(run)
     _mark("resolving")
