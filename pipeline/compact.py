@@ -23,9 +23,15 @@ from pipeline.listing import loose_shards
 from pipeline.pack_file import MAX_ROWS, MAX_UNITS, TIME_FORMAT, Packed, PackWriter
 from pipeline.pack_index import FOLDER
 from pipeline.pack_reading import DamagedPackError, Group, Pack, check_pack, read_group
-from pipeline.packs import list_packs, publish, remove_pack, reported, set_pack_aside
+from pipeline.packs import (
+    list_packs,
+    publish,
+    remove_pack,
+    set_pack_aside,
+    set_shard_aside,
+)
 from pipeline.read_ahead import read_ahead
-from pipeline.shard_file import Quarantined, Shard, ShardName, decode_shard, order, set_aside
+from pipeline.shard_file import Quarantined, Shard, ShardName, decode_shard, order
 from pipeline.shards import group_of
 from pipeline.store import MissingKeyError, Store
 
@@ -128,15 +134,9 @@ def _sound_packs(store: Store, quarantined: list[Quarantined]) -> list[Pack]:
                 damaged = True  # merged by somebody else since
             except DamagedPackError as error:
                 damaged = True
-                _set_aside(store, error, quarantined)
+                set_pack_aside(store, error, quarantined)
         if not damaged:
             return packs
-
-
-def _set_aside(store: Store, error: DamagedPackError, quarantined: list[Quarantined]) -> None:
-    item = set_pack_aside(store, error)
-    if item is not None:
-        quarantined.append(item)
 
 
 def _settle_duplicate(
@@ -150,12 +150,10 @@ def _settle_duplicate(
     except MissingKeyError:
         return  # somebody else settles it
     except DamagedPackError as error:
-        _set_aside(store, error, done.quarantined)
+        set_pack_aside(store, error, done.quarantined)
         return
     except ShardError as error:
-        done.quarantined.append(
-            reported(Quarantined(name.key, set_aside(store, name.key), error.reason))
-        )
+        set_shard_aside(store, error, done.quarantined)
         return
     if _equal(late, first):
         if any(n == name and e.stamp == stamp for n, e in loose_shards(store, [name.spec_key])):
@@ -163,7 +161,7 @@ def _settle_duplicate(
         done.num_duplicates += 1
         return
     reason = "holds other numbers than the shard of this unit that was packed before, which is kept"
-    done.nondeterminism.append(reported(Quarantined(name.key, set_aside(store, name.key), reason)))
+    set_shard_aside(store, ShardError(name.key, reason), done.nondeterminism)
 
 
 def _equal(one: Shard, other: Shard) -> bool:
@@ -212,11 +210,9 @@ def _each(
         except MissingKeyError:
             continue
         except DamagedPackError as error:
-            _set_aside(store, error, done.quarantined)
+            set_pack_aside(store, error, done.quarantined)
         except ShardError as error:
-            done.quarantined.append(
-                reported(Quarantined(name.key, set_aside(store, name.key), error.reason))
-            )
+            set_shard_aside(store, error, done.quarantined)
 
 
 def _packed(shards: Iterable[Shard]) -> Iterator[Packed]:
@@ -234,7 +230,7 @@ def _published(store: Store, packed: Packed, done: Compaction) -> bool:
     try:
         publish(store, packed)
     except DamagedPackError as error:  # the store does not keep what it is given
-        _set_aside(store, error, done.quarantined)
+        set_pack_aside(store, error, done.quarantined)
         return False
     return True
 

@@ -53,16 +53,18 @@ def publish(store: Store, packed: Packed) -> Pack:
     return found[0]
 
 
-def set_pack_aside(store: Store, error: DamagedPackError) -> Quarantined | None:
+def set_pack_aside(
+    store: Store, error: DamagedPackError, quarantined: list[Quarantined] | None
+) -> None:
     """Keep the sound groups of a damaged pack as a new one, and move the damaged one away.
 
-    Returns:
-        What was moved; None if it is sound when read again, or somebody else moved it.
+    What was moved joins ``quarantined``: nothing if the pack is sound when read again, or if
+    somebody else moved it.
     """
     index = error.pack.index
     groups = sound_groups(store, error.pack)
     if len(groups) == len(index.groups):
-        return None
+        return
     saved = PackWriter()
     for group in groups:
         for shard in group.shards():
@@ -72,20 +74,15 @@ def set_pack_aside(store: Store, error: DamagedPackError) -> Quarantined | None:
     try:
         moved_to = set_aside(store, index.key)
     except MissingKeyError:
-        return None
+        return
     for key in index.keys:
         try:
             set_aside(store, key)
         except MissingKeyError:
             continue  # it is what was missing
     lost = index.num_units - saved.num_units
-    return reported(
-        Quarantined(
-            index.key,
-            moved_to,
-            f"{error.reason}; {lost} of its {index.num_units} units are to do again",
-        )
-    )
+    reason = f"{error.reason}; {lost} of its {index.num_units} units are to do again"
+    report(Quarantined(index.key, moved_to, reason), quarantined)
 
 
 def remove_pack(store: Store, pack: Pack) -> None:
@@ -94,10 +91,20 @@ def remove_pack(store: Store, pack: Pack) -> None:
         store.delete(key)
 
 
-def reported(item: Quarantined) -> Quarantined:
-    """Log what was set aside."""
+def set_shard_aside(store: Store, error: ShardError, quarantined: list[Quarantined] | None) -> None:
+    """Move a damaged shard away, unless somebody else was faster; it joins ``quarantined``."""
+    try:
+        moved_to = set_aside(store, error.key)
+    except MissingKeyError:
+        return
+    report(Quarantined(error.key, moved_to, error.reason), quarantined)
+
+
+def report(item: Quarantined, quarantined: list[Quarantined] | None) -> None:
+    """Tell what was set aside, in the log and in the list."""
     _log.warning("%s was moved to %s: %s. To do it again: flatcensus resume RUN", *item)
-    return item
+    if quarantined is not None:
+        quarantined.append(item)
 
 
 def _packs(store: Store, quarantined: list[Quarantined] | None) -> list[Pack]:
@@ -164,9 +171,7 @@ def _restored(
     else:
         moved = set_aside(store, error.key)
         item = Quarantined(error.key, moved, f"{error.reason}; its units are to do again")
-    reported(item)
-    if quarantined is not None:
-        quarantined.append(item)
+    report(item, quarantined)
     return index
 
 

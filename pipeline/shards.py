@@ -7,7 +7,6 @@ shards or set damaged ones aside: what is gone is then looked for again.
 from __future__ import annotations
 
 import bisect
-import logging
 from collections.abc import Callable, Collection, Iterator
 from typing import Literal, NamedTuple
 
@@ -17,7 +16,7 @@ from pipeline.errors import ShardError, StoreError
 from pipeline.listing import Listing, Place, loose_shards, take_listing
 from pipeline.pack_file import joined
 from pipeline.pack_reading import DamagedPackError, Group, Pack, check_pack, read_group
-from pipeline.packs import keep_aside, list_packs, reported, set_pack_aside
+from pipeline.packs import keep_aside, list_packs, report, set_pack_aside, set_shard_aside
 from pipeline.read_ahead import read_ahead
 from pipeline.schema import MEASUREMENT_SCHEMA, UnitRecord
 from pipeline.shard_file import (
@@ -28,7 +27,6 @@ from pipeline.shard_file import (
     decode_shard,
     encode_shard,
     parse_key,
-    set_aside,
     shard_key,
 )
 from pipeline.store import MissingKeyError, Store
@@ -48,14 +46,11 @@ __all__ = [
     "loose_shards",
     "parse_key",
     "peek_record",
-    "quarantine",
     "read_found",
     "read_shards",
     "shard_key",
     "verify",
 ]
-
-_log = logging.getLogger(__name__)
 
 MAX_LOOKS = 20  # times that one spec's units may be moved while they are read; chosen
 
@@ -145,9 +140,7 @@ def _each(
             except DamagedPackError as error:
                 if on_corrupt == "raise":
                     raise
-                item = set_pack_aside(store, error)
-                if item is not None and quarantined is not None:
-                    quarantined.append(item)
+                set_pack_aside(store, error, quarantined)
             listing = take_listing(store, [key], quarantined)
         else:
             raise StoreError(
@@ -180,7 +173,7 @@ def verify(store: Store, known: set[str] | None = None) -> list[Quarantined]:
             except MissingKeyError:
                 continue  # packed or set aside since
             except ShardError as error:
-                _quarantine(store, name, error, quarantined)
+                set_shard_aside(store, error, quarantined)
             else:
                 known.add(here)
     for pack in list_packs(store, quarantined):
@@ -192,9 +185,7 @@ def verify(store: Store, known: set[str] | None = None) -> list[Quarantined]:
         except MissingKeyError:
             continue
         except DamagedPackError as error:
-            item = set_pack_aside(store, error)
-            if item is not None:
-                quarantined.append(item)
+            set_pack_aside(store, error, quarantined)
         else:
             known.add(pack.known_as)
     return quarantined
@@ -221,11 +212,6 @@ def peek_record(store: Store, key: str) -> UnitRecord | None:
                 return None
             return record
     return None
-
-
-def quarantine(store: Store, name: ShardName) -> str:
-    """Move a shard out of the way, keeping its bytes. Returns the new key."""
-    return set_aside(store, name.key)
 
 
 def _read(
@@ -259,7 +245,7 @@ def _read(
             except ShardError as error:
                 if on_corrupt == "raise":
                     raise
-                _quarantine(store, name, error, quarantined)
+                set_shard_aside(store, error, quarantined)
         elif run is not None and run[0] is place[0] and run[2] == place[1]:
             run = (run[0], run[1], place[1] + 1)
         else:
@@ -292,17 +278,6 @@ def group_of(pack: Pack, place: int) -> tuple[int, int]:
     return number, place - starts[number]
 
 
-def _quarantine(
-    store: Store, name: ShardName, error: ShardError, quarantined: list[Quarantined] | None
-) -> None:
-    try:
-        item = reported(Quarantined(name.key, quarantine(store, name), error.reason))
-    except MissingKeyError:
-        return  # somebody else was faster
-    if quarantined is not None:
-        quarantined.append(item)
-
-
 def _check_copy(store: Store, pack: Pack, quarantined: list[Quarantined]) -> None:
     """The copy of an index equals it, or is written again."""
     key, good = pack.index.copy_key, store.get(pack.index.key)
@@ -315,4 +290,4 @@ def _check_copy(store: Store, pack: Pack, quarantined: list[Quarantined]) -> Non
         moved = keep_aside(store, key, found)
         store.put(key, good)
         reason = "the copy of an index is damaged; written again, nothing is lost"
-        quarantined.append(reported(Quarantined(key, moved, reason)))
+        report(Quarantined(key, moved, reason), quarantined)

@@ -26,14 +26,13 @@ from pipeline.errors import ShardError, StoreError
 from pipeline.pack_index import decode_index
 from pipeline.packs import list_packs
 from pipeline.schema import Constants, Failure, UnitRecord
+from pipeline.shard_file import set_aside
 from pipeline.shards import (
-    ShardName,
     decode_shard,
     encode_shard,
     has_shard,
     list_shards,
     peek_record,
-    quarantine,
     read_shards,
     shard_key,
     verify,
@@ -375,7 +374,7 @@ def test_a_shard_that_was_computed_anew_is_not_deleted_with_the_one_that_was_pac
 
     def publish(*arguments: Any) -> Any:
         if store.exists(key):
-            quarantine(store, ShardName(unit.spec_key, unit.start, unit.stop))
+            set_aside(store, key)
             put(store, unit, value=7.0)
         return packs.publish(*arguments)
 

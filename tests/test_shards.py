@@ -16,6 +16,7 @@ from pipeline import schema, shard_file
 from pipeline.coverage import missing_blocks
 from pipeline.errors import ShardError
 from pipeline.schema import Constants, Failure, UnitRecord
+from pipeline.shard_file import set_aside
 from pipeline.shards import (
     Quarantined,
     ShardName,
@@ -24,7 +25,6 @@ from pipeline.shards import (
     list_shards,
     parse_key,
     peek_record,
-    quarantine,
     read_shards,
     shard_key,
 )
@@ -367,5 +367,5 @@ def test_a_shard_that_another_reader_set_aside_is_skipped(store: Store):
     _fill(store)
     reader = read_shards(store)
     next(reader)
-    quarantine(store, ShardName("b", 0, 64))
+    set_aside(store, ShardName("b", 0, 64).key)
     assert [(s.unit.spec_key, s.unit.start) for s in reader] == [("a", 64), ("b", 64)]
