@@ -17,7 +17,7 @@ from pipeline.entries import Manifest
 from pipeline.executor import Executor
 from pipeline.frozen import freeze
 from pipeline.known_specs import write_specs
-from pipeline.launches import How, LaunchLog, new_launch_id, read_launches
+from pipeline.launches import How, LaunchLog, LaunchRecord, new_launch_id, read_launches
 from pipeline.plan import make_plan
 from pipeline.prefetch import Ahead
 from pipeline.resolve import resolve
@@ -159,13 +159,11 @@ class _Driver:
 
     def _report(self) -> None:
         assert self.scheduler is not None
+        counts = {n: v for n, v in vars(self.result).items() if n in LaunchRecord.model_fields}
         self.log.update(
-            **{name: getattr(self.result, name) for name in _COUNTS},
+            **counts,
             num_slots=len(self.scheduler.executor.places), remaining=self.scheduler.remaining,
         )  # fmt: skip
-
-
-_COUNTS = ("committed", "failed", "retried", "lost", "duplicates", "speculated")
 
 
 def _spread(store: Store, launch_id: str) -> random.Random | None:

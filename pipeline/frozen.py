@@ -22,8 +22,8 @@ from pipeline.entries import DataSpec, Manifest
 from pipeline.errors import StoreError
 from pipeline.hub_file import UNLOCKED
 from pipeline.sealed import FROZEN, seal, unseal
-from pipeline.shards import has_shard
-from pipeline.specs import TRAINING_BLOCK, Resolved, Spec, TrainedRef, Unresolved
+from pipeline.shards import any_done, list_shards
+from pipeline.specs import Resolved, Spec, TrainedRef, Unresolved
 from pipeline.store import Store
 from pipeline.units import unit_size
 from pipeline.versions import code_version
@@ -72,8 +72,8 @@ def thaw(manifest: Manifest, store: Store) -> Resolved | None:
 
 
 def _thawed(known: dict[str, Any], manifest: Manifest, store: Store) -> Resolved | None:
-    trained = any(has_shard(store, item["spec_key"], TRAINING_BLOCK) for item in known["untrained"])
-    if known["manifest"] != _digest(manifest) or trained:
+    untrained = [item["spec_key"] for item in known["untrained"]]
+    if known["manifest"] != _digest(manifest) or any_done(list_shards(store, untrained), untrained):
         return None
     known = _as_lists(known)
     reader = _Reader(manifest, known["values"])

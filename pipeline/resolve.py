@@ -22,10 +22,8 @@ from pipeline.planned_images import (
     outputs_of_classes,
     reads_labels,
 )
-from pipeline.shards import has_shard
 from pipeline.specs import (
     KEY_VERSION,
-    TRAINING_BLOCK,
     Resolved,
     Spec,
     TrainedRef,
@@ -34,7 +32,7 @@ from pipeline.specs import (
     spec_key,
 )
 from pipeline.store import Store
-from pipeline.trained import damaged_checkpoints, train_again
+from pipeline.trained import describe_trained, train_again, trained_files
 from pipeline.versions import versions
 from tasks.checkpoints import (
     CheckpointError,
@@ -84,19 +82,24 @@ def resolve(manifest: Manifest, store: Store, *, tentative: bool = False) -> Res
     untrained: list[TrainedRef] = []
     stored: dict[str | None, str] = {}
     trainings = [_train_spec(entry, datasets) for entry in manifest.train]
-    damaged = damaged_checkpoints(store, [spec.key for spec in trainings])
+    written = trained_files(store, [spec.key for spec in trainings])
     for entry, spec in zip(manifest.train, trainings, strict=True):
         specs.append(spec)
-        reason = damaged.get(spec.key)
-        if reason and not (tentative or train_again(store, spec.key, reason)):
-            unresolved.append(Unresolved(entry.name, entry.family, "trained", f"{reason}. {_COPY}"))
-            continue
-        if reason or not has_shard(store, spec.key, TRAINING_BLOCK):
+        if spec.key not in written:
             untrained.append(TrainedRef(entry, spec.key))
             continue
         directory = store.local_folder(checkpoint_folder(spec.key))
+        try:
+            ref = describe_trained(directory, written[spec.key])
+        except CheckpointError as error:
+            if tentative or train_again(store, spec.key, str(error)):
+                untrained.append(TrainedRef(entry, spec.key))
+            else:
+                reason = f"{error}. {_COPY}"
+                unresolved.append(Unresolved(entry.name, entry.family, "trained", reason))
+            continue
         stored[str(directory)] = checkpoint_folder(spec.key)
-        refs.extend(_described(directory, entry.name, entry.family, unresolved))
+        refs.append((_of_family(ref, entry.family), entry.name))
     for entry, paths in manifest.local:
         for path in paths:
             refs.extend(_described(path, path.name, entry.family, unresolved))
@@ -236,7 +239,12 @@ def _described(
     except CheckpointError as error:
         unresolved.append(Unresolved(name, family or "unknown", "local", str(error)))
         return
-    yield (ref.model_copy(update={"family": family}) if family else ref), name
+    yield _of_family(ref, family), name
+
+
+def _of_family(ref: CheckpointRef, family: str | None) -> CheckpointRef:
+    """The reference in the family that the manifest names, if it does."""
+    return ref.model_copy(update={"family": family}) if family else ref
 
 
 def _timm_refs(

@@ -7,7 +7,7 @@ shards or set damaged ones aside: what is gone is then looked for again.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import pyarrow as pa
@@ -39,6 +39,7 @@ __all__ = [
     "Quarantined",
     "Shard",
     "ShardName",
+    "any_done",
     "decode_shard",
     "encode_shard",
     "has_shard",
@@ -73,6 +74,11 @@ def list_shards(
     """Names of all units by spec, sorted by range, from listings and indexes: no result is read."""
     listing = take_listing(store, spec_keys)
     return {key: names for key in listing.spec_keys() if (names := listing.names(key))}
+
+
+def any_done(present: Mapping[str, Sequence[ShardName]], spec_keys: Iterable[str]) -> bool:
+    """Whether one of these specs has a result among the units that ``list_shards`` found."""
+    return any(name.generation is None for key in spec_keys for name in present.get(key, ()))
 
 
 def has_shard(store: Store, spec_key: str, block: Block) -> bool:

@@ -17,7 +17,7 @@ from pipeline.coverage import missing_blocks, without
 from pipeline.decisions import Decisions, recall_decisions
 from pipeline.grid import shapes
 from pipeline.sealed import FROZEN, unseal
-from pipeline.shards import ShardName, has_shard, list_shards
+from pipeline.shards import ShardName, any_done, list_shards
 from pipeline.store import MissingKeyError, Store
 from pipeline.versions import code_version
 from tasks.block import Block
@@ -80,16 +80,14 @@ def standing(store: Store) -> Standing | None:
     try:
         digest = hashlib.sha256(store.get(MANIFEST)).hexdigest()
         known = unseal(store.get(FROZEN))
-        current = (known["manifest"], known["code"]) == (digest, code_version())
-        trained = any(has_shard(store, r["spec_key"], _TRAINING) for r in known["untrained"])
-        if not current or trained:
+        if (known["manifest"], known["code"]) != (digest, code_version()):
             return None
-        return _standing(known, list_shards(store), recall_decisions(store))
+        present = list_shards(store)
+        if any_done(present, (record["spec_key"] for record in known["untrained"])):
+            return None
+        return _standing(known, present, recall_decisions(store))
     except (MissingKeyError, ValueError, KeyError, TypeError, IndexError, AttributeError):
         return None  # damaged or of an older flatcensus: a plan reads it or says what is wrong
-
-
-_TRAINING = Block(range(1))
 
 
 class _UndecidedError(KeyError):

@@ -8,33 +8,38 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from pipeline.shard_file import set_aside, shard_key
 from pipeline.shards import read_shards
-from pipeline.specs import TRAINING_BLOCK, checkpoint_folder
+from pipeline.specs import TRAINING_BLOCK
 from pipeline.store import Store
+from tasks.checkpoints import CheckpointError, CheckpointRef, describe_local, local_identity
 
 _log = logging.getLogger(__name__)
 
 
-def damaged_checkpoints(store: Store, spec_keys: Collection[str]) -> dict[str, str]:
-    """What is wrong with the files of trained checkpoints, by key; sound ones are not in it."""
-    found: dict[str, str] = {}
+def trained_files(store: Store, spec_keys: Collection[str]) -> dict[str, dict[str, str]]:
+    """SHA-256 of the files that each committed training left, by key and the file's place."""
     if not spec_keys:
-        return found
-    for shard in read_shards(store, spec_keys):
-        key, artifacts = shard.unit.spec_key, shard.unit.artifacts
-        if shard.unit.status != "ok" or not artifacts:
-            continue
-        folder = store.local_folder(checkpoint_folder(key))
-        wrong = sorted(
-            name for name, digest in artifacts.items() if _digest(folder, name) != digest
-        )
-        if wrong:
-            found[key] = f"{', '.join(wrong)}: not as the training left it"
-    return found
+        return {}
+    units = (shard.unit for shard in read_shards(store, spec_keys))
+    return {unit.spec_key: unit.artifacts for unit in units if unit.status == "ok"}
+
+
+def describe_trained(directory: Path, digests: Mapping[str, str]) -> CheckpointRef:
+    """Describe a trained checkpoint.
+
+    Raises:
+        CheckpointError: Its files are gone, or not those that the training left.
+    """
+    ref = describe_local(directory)
+    known = {Path(place).name: digest for place, digest in digests.items()}
+    if known and ref.identity != local_identity(known["config.json"], known["model.safetensors"]):
+        wrong = [p for p, digest in digests.items() if _digest(directory / Path(p).name) != digest]
+        raise CheckpointError(f"{', '.join(sorted(wrong))}: not as the training left it")
+    return ref
 
 
 def train_again(store: Store, spec_key: str, reason: str) -> bool:
@@ -47,9 +52,5 @@ def train_again(store: Store, spec_key: str, reason: str) -> bool:
     return True
 
 
-def _digest(folder: Path, name: str) -> str:
-    """Of a file of the folder, wherever the record says that it was; empty if it is gone."""
-    try:
-        return hashlib.sha256((folder / Path(name).name).read_bytes()).hexdigest()
-    except FileNotFoundError:
-        return ""
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -105,17 +105,23 @@ def describe_local(path: Path) -> CheckpointRef:
     config = read_config(path)
     family = architecture_family(config["architecture"])
     weights = weights_file(path)
-    content = hashlib.sha256((path / "config.json").read_bytes()).hexdigest() + sha256(weights)
+    config_digest = hashlib.sha256((path / "config.json").read_bytes()).hexdigest()
     return CheckpointRef(
         source="local",
         name=path.resolve().name,
-        identity=f"sha256:{hashlib.sha256(content.encode()).hexdigest()}",
+        identity=local_identity(config_digest, sha256(weights)),
         family=config.get("family") or family,
         tag=config["pretrained_cfg"].get("tag") or "",
         architecture=config["architecture"],
         model_args=config["model_args"],
         path=str(path),
     )
+
+
+def local_identity(config_digest: str, weights_digest: str) -> str:
+    """Identity of a checkpoint folder whose two files have these SHA-256."""
+    content = config_digest + weights_digest
+    return f"sha256:{hashlib.sha256(content.encode()).hexdigest()}"
 
 
 def describe_timm(name: str, *, identity: str, path: Path | None = None) -> CheckpointRef:

@@ -50,16 +50,11 @@ from pathlib import Path
 import pytest
 from processes import descendants, kill, wait_for
 
+from pipeline.nodes import HEALTH_FLAGS
+
 MARK = "FLATCENSUS_TEST_MACHINE"
-# How soon a node is missed whose packets go nowhere; see docs/cluster.md. All nodes alike.
-HEALTH_FLAGS = {
-    "RAY_grpc_client_keepalive_time_ms": "20000",
-    "RAY_grpc_client_keepalive_timeout_ms": "10000",
-    "RAY_health_check_period_ms": "3000",
-    "RAY_health_check_timeout_ms": "5000",
-    "RAY_health_check_failure_threshold": "3",
-    "RAY_raylet_start_wait_time_s": "90",  # several nodes start at once on few cores
-}
+# All nodes alike; several of them start at once on few cores.
+FLAGS = HEALTH_FLAGS | {"RAY_raylet_start_wait_time_s": "90"}
 SILENT = "import ray.scripts.scripts as s; s.main()"
 
 
@@ -139,7 +134,7 @@ class Machine:
         """Environment of all its processes."""
         ours = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         return {
-            **ours, **self.cluster.environment, **HEALTH_FLAGS, MARK: self.mark,
+            **ours, **self.cluster.environment, **FLAGS, MARK: self.mark,
             "PATH": f"{Path(self.node.python).parent}:{os.environ['PATH']}",
             **({"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(self.cluster.durable)}
                if self.is_head and self.cluster.durable else {}),
