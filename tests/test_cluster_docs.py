@@ -16,7 +16,7 @@ import pytest
 import typer.main
 import yaml
 from documents import ROOT, blocks, quoted, tables
-from machines import HEALTH_FLAGS as TEST_FLAGS
+from machines import FLAGS as TEST_FLAGS
 from machines import Node, namespaces, requires_namespaces
 from populations import save_mlp, write_manifest
 from processes import kill, wait_for

@@ -112,7 +112,7 @@ def test_console_blocks_show_known_programs():
 @pytest.mark.parametrize("line", [line for line, _ in OURS])
 def test_command_lines_have_options_that_exist(line: str):
     _, name, *arguments = shlex.split(line)
-    group().commands[name].make_context(name, arguments)
+    assert group().commands[name].make_context(name, arguments).info_name == name
 
 
 @pytest.mark.parametrize(("line", "output"), CHEAP, ids=[line for line, _ in CHEAP])

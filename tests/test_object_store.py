@@ -18,6 +18,7 @@ from pathlib import Path
 import obstore
 import pytest
 from faulty_s3 import FaultyS3, faulty_s3
+from races import require_one_winner_per_key
 from s3_servers import (
     ACCESS_KEY,
     BUCKET,
@@ -137,23 +138,8 @@ def test_twelve_writers_behind_a_faulty_network_have_exactly_one_winner_per_key(
         "500": 0.05, "slow_down": 0.05, "reset": 0.05, "lost": 0.1, "late_500": 0.05,
         "conflict": 0.05, "upload_cut": 0.05, "cut": 0.05, "refuse": 0.05,
     }  # fmt: skip
-    num_writers, num_keys = 12, 20
-    start = threading.Barrier(num_writers)
-
-    def write(writer: int) -> list[bool]:
-        won = []
-        for key in range(num_keys):
-            start.wait()
-            won.append(store.put_new(f"race/{key}", b"%d" % writer))
-        return won
-
-    with ThreadPoolExecutor(num_writers) as pool:
-        won = list(pool.map(write, range(num_writers)))
+    require_one_winner_per_key(store, num_writers=12, num_keys=20)
     assert min(proxy.counts[fault] for fault in proxy.rates if fault != "cut") > 0
-    for key in range(num_keys):
-        winners = [writer for writer in range(num_writers) if won[writer][key]]
-        assert len(winners) == 1
-        assert store.get(f"race/{key}") == b"%d" % winners[0]
 
 
 @pytest.mark.parametrize("name", CONDITIONAL)

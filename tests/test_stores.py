@@ -9,9 +9,9 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Barrier
 
 import pytest
+from races import require_one_winner_per_key
 from s3_servers import BUCKET, CONDITIONAL, s3_environment, s3_server
 
 from pipeline.errors import StoreError
@@ -74,22 +74,7 @@ def test_objects_of_any_size_come_back_as_they_were(store: Store):
 
 
 def test_twelve_writers_at_once_have_exactly_one_winner_per_key(store: Store):
-    num_writers, num_keys = 12, 40
-    start = Barrier(num_writers)
-
-    def write(writer: int) -> list[bool]:
-        won = []
-        for key in range(num_keys):
-            start.wait()
-            won.append(store.put_new(f"race/{key}", b"%d" % writer))
-        return won
-
-    with ThreadPoolExecutor(num_writers) as pool:
-        won = list(pool.map(write, range(num_writers)))
-    for key in range(num_keys):
-        winners = [writer for writer in range(num_writers) if won[writer][key]]
-        assert len(winners) == 1
-        assert store.get(f"race/{key}") == b"%d" % winners[0]
+    require_one_winner_per_key(store, num_writers=12, num_keys=40)
 
 
 RACER = """

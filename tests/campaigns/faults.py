@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from machines import Machine
 from processes import kill
 
 from campaigns.world import NUM_SLOTS, NUM_UNITS, Launch, World, wait_until
@@ -193,12 +194,17 @@ def head_killed(world: World, launch: Launch, rng: random.Random) -> Hit | None:
     return Hit(NUM_SLOTS)
 
 
+def _worker(world: World, rng: random.Random) -> Machine | None:
+    """A machine that is neither the head nor the command's own."""
+    assert world.cluster is not None
+    machine = rng.choice(world.cluster.machines[1:])
+    return None if machine is world.machine else machine
+
+
 def node_killed(world: World, launch: Launch, rng: random.Random) -> Hit | None:
     """A machine that is not the head loses power, and comes back after some seconds."""
-    cluster = world.cluster
-    assert cluster is not None
-    machine = rng.choice(cluster.machines[1:])
-    if machine is world.machine:
+    machine = _worker(world, rng)
+    if machine is None:
         return None
     machine.kill()
     time.sleep(rng.uniform(0, 3))
@@ -208,10 +214,8 @@ def node_killed(world: World, launch: Launch, rng: random.Random) -> Hit | None:
 
 def cable_pulled(world: World, launch: Launch, rng: random.Random) -> Hit | None:
     """A machine is cut off for some seconds: packets are lost, nobody is told."""
-    cluster = world.cluster
-    assert cluster is not None
-    machine = rng.choice(cluster.machines[1:])
-    if machine is world.machine:
+    machine = _worker(world, rng)
+    if machine is None:
         return None
     machine.unplug()
     seconds = rng.uniform(*CABLE_SECONDS)
