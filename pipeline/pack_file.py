@@ -116,7 +116,10 @@ def joined(tables: Sequence[pa.Table], schema: pa.Schema = MEASUREMENT_SCHEMA) -
     """Tables one below the other, with common dictionaries."""
     if not tables:
         return schema.empty_table()
-    return pa.concat_tables(tables).unify_dictionaries() if len(tables) > 1 else tables[0]
+    if len(tables) == 1:
+        return tables[0]
+    # In one piece: many small ones take ten times their content.
+    return pa.concat_tables(tables).unify_dictionaries().combine_chunks()
 
 
 def _writer(sink: io.BytesIO, schema: pa.Schema) -> pq.ParquetWriter:
