@@ -13,6 +13,7 @@ Two kinds, with the same handles:
         machine.kill()                     power cut: every process of the machine, at once
         machine.start()                    power on again, with an empty session folder
         machine.unplug(); machine.plug()   cable (namespaces only): packets are lost, nothing resets
+        machine.runs                       whether it is on and its Ray is there
         machine.processes("raylet")        pids of this host, by a part of the command line
         machine.popen("flatcensus", ...)   a command on that machine
 
@@ -95,6 +96,11 @@ class Machine:
                 [*self.cluster.boxed(self), *command], env=self.environment, stdout=log,
                 stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
+
+    @property
+    def runs(self) -> bool:
+        """Whether it is on and, on a machine of the cluster, whether its Ray is there."""
+        return self.process is not None and self.process.poll() is None
 
     def kill(self) -> None:
         """Cut the power: SIGKILL to everything on it."""
@@ -220,7 +226,7 @@ class Cluster:
         def arrived() -> bool:
             time.sleep(0.3)
             for machine in self.machines:
-                if machine.process is not None and machine.process.poll() is not None:
+                if machine.process is not None and not machine.runs:
                     log = (self.folder / f"{machine.name}.log").read_text()[-2000:]
                     raise AssertionError(f"{machine.name} has ended: {log}")
             return self.num_nodes() == number

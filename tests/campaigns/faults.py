@@ -20,6 +20,7 @@ from pipeline.store import MissingKeyError
 
 FULL_SECONDS = 90.0
 PAUSE_SECONDS, CABLE_SECONDS, NETWORK_SECONDS = (0.5, 4.0), (5.0, 50.0), (1.0, 4.0)
+GIVING_UP_SECONDS = 10.0  # in which a node that counts as dead hears of it and ends
 JUMPS = (-400 * 86400, -7200, -60, 60, 7200, 400 * 86400)  # of the wall clock, in seconds
 
 
@@ -213,7 +214,11 @@ def node_killed(world: World, launch: Launch, rng: random.Random) -> Hit | None:
 
 
 def cable_pulled(world: World, launch: Launch, rng: random.Random) -> Hit | None:
-    """A machine is cut off for some seconds: packets are lost, nobody is told."""
+    """A machine is cut off for some seconds: packets are lost, nobody is told.
+
+    Ray that was cut off for long ends itself when it hears so; then it is started again, as
+    whoever runs a cluster would.
+    """
     machine = _worker(world, rng)
     if machine is None:
         return None
@@ -221,6 +226,9 @@ def cable_pulled(world: World, launch: Launch, rng: random.Random) -> Hit | None
     seconds = rng.uniform(*CABLE_SECONDS)
     wait_until(lambda: not launch.is_running, seconds)
     machine.plug()
+    if wait_until(lambda: not machine.runs, GIVING_UP_SECONDS):
+        machine.kill()
+        machine.start()
     return Hit(machine.node.cpus, note=f"{machine.name} for {seconds:.0f} s")
 
 
